@@ -1,4 +1,4 @@
-"""The scorer interface, and ``load`` which finds the system behind a checkpoint.
+"""The scorer interface, and ``load`` which finds the system behind a checkpoint folder.
 
 Three steps, so that batching and overlap stay outside the model: ``preprocess`` (CPU: bytes and prompt to
 uint8 pixels and token ids), ``forward`` (device), ``postprocess`` (CPU: raw values to records). Knows
@@ -7,15 +7,27 @@ nothing about Ray, storage or HTTP.
 
 from __future__ import annotations
 
+import importlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
+from model.errors import ConfigError
 from model.perspectives import Perspective
 from model.schema import Generation, ImageInfo, RowError, ScoreRecord
 
 if TYPE_CHECKING:
     import numpy as np
+
+# Checkpoints that ship with the code, by name.
+SHIPPED = Path(__file__).parent / "checkpoints"
+DTYPES = ("float32", "bfloat16")
+
+# system in scorer.json -> package with the modules ``scorer`` and ``processor``
+_SYSTEMS = {"llava_reward": "model.llava_reward"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,81 @@ class Scorer(Preprocessor, Protocol):
         """One record per output, in order."""
         ...
 
-    def score(self, generations: Iterable[Generation], perspectives: Sequence[Perspective] | None = None) -> list[ScoreRecord]:
+    def score(
+        self, generations: Iterable[Generation], perspectives: Sequence[Perspective] | None = None
+    ) -> list[ScoreRecord]:
         """``postprocess(forward(preprocess(generations)))``."""
         ...
+
+    def check_golden(self) -> None:
+        """Score the checkpoint's golden inputs; raises ``InfrastructureError`` if a reward is off."""
+        ...
+
+
+def load(name_or_path: str | Path, *, device: str = "cpu", dtype: str = "float32") -> Scorer:
+    """Load a shipped checkpoint by name, or any checkpoint folder by path.
+
+    - device: a torch device such as ``cpu`` or ``cuda:0``; dtype: one of ``DTYPES``
+    - raises: ``ConfigError`` in one line that names the value and the remedy
+    """
+    folder = resolve(name_or_path)
+    scorer: Scorer = _system(folder, "scorer").load_scorer(folder, device=device, dtype=_checked_dtype(dtype))
+    return scorer
+
+
+def load_preprocessor(name_or_path: str | Path) -> Preprocessor:
+    """The CPU step of a checkpoint alone: same arrays, same ``preprocessing_hash``, no weights and no torch."""
+    folder = resolve(name_or_path)
+    preprocessor: Preprocessor = _system(folder, "processor").load_preprocessor(folder)
+    return preprocessor
+
+
+def read_identity(name_or_path: str | Path, *, dtype: str = "float32") -> ScorerIdentity:
+    """The identity that ``load`` would have. Hashes the weights' bytes; builds no tensor and needs no torch."""
+    folder = resolve(name_or_path)
+    identity: ScorerIdentity = _system(folder, "processor").read_identity(folder, dtype=_checked_dtype(dtype))
+    return identity
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """The folder of a checkpoint: a path that exists, or a name among the shipped ones."""
+    folder = Path(name_or_path)
+    shipped = sorted(p.name for p in SHIPPED.iterdir() if p.is_dir()) if SHIPPED.is_dir() else []
+    if str(name_or_path) in shipped:
+        return SHIPPED / folder
+    if folder.is_dir():
+        return folder.resolve()
+    raise ConfigError(
+        f"checkpoint {str(name_or_path)!r} is neither a folder nor one of {shipped}; "
+        "download a hub checkpoint first and give its folder"
+    )
+
+
+def to_records(outputs: Sequence[RawOutput], vector_perspectives: Sequence[Perspective]) -> list[ScoreRecord]:
+    """Outputs to records, in order: one value is a reward, a general-preference output stays a vector."""
+    records = []
+    for output in outputs:
+        rewards = {p: v[0] for p, v in output.values.items() if p not in vector_perspectives}
+        vectors = {p: v for p, v in output.values.items() if p in vector_perspectives}
+        records.append(ScoreRecord(output.generation_id, rewards, vectors, output.image, output.error))
+    return records
+
+
+def _system(folder: Path, module: str) -> ModuleType:
+    """The module that reads this folder, imported now: a caller of ``load_preprocessor`` must not pay for torch."""
+    path = folder / "scorer.json"
+    try:
+        system = json.loads(path.read_text(encoding="utf-8"))["system"]
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; a checkpoint folder must hold it") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a JSON object with the key 'system': {error}") from error
+    if system not in _SYSTEMS:
+        raise ConfigError(f"{path}: system={system!r} is unknown, expected one of {sorted(_SYSTEMS)}")
+    return importlib.import_module(f"{_SYSTEMS[system]}.{module}")
+
+
+def _checked_dtype(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not supported, expected one of {list(DTYPES)}")
+    return dtype

@@ -1,0 +1,235 @@
+"""Phi-3.5-vision without remote code: image feature assembly, projector and language model, original names.
+
+Letters: b: samples, l: padded length, h: hidden size, k: crops, a x g: rows and columns of crops,
+m: merged cells per crop side, w: width of the image tower, n: image tokens of one picture.
+Source: microsoft/Phi-3.5-vision-instruct, modeling_phi3_v.py and image_embedding_phi3_v.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.llava_reward.backbones.clip import ClipTower
+from model.llava_reward.backbones.rope import apply_rope
+from model.llava_reward.config import ClipConfig, Phi3VConfig
+
+
+class RmsNorm(nn.Module):
+    """Statistics in float32, weight applied in the input's dtype."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return wide.to(hidden.dtype) * self.weight
+
+
+class VisionTowerHolder(nn.Module):
+    """Gives the tower its published place, ``img_processor.vision_model``."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.vision_model = ClipTower(config)
+
+
+class VisionEncoder(nn.Module):
+    """Crops to merged tokens with their separators. Frozen in every published recipe, so all perspectives share it."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.img_processor = VisionTowerHolder(config)
+        merged = 4 * config.hidden_size
+        self.glb_GN = nn.Parameter(torch.empty(1, 1, merged))
+        self.sub_GN = nn.Parameter(torch.empty(1, 1, 1, merged))
+
+    def forward(self, crops: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """One sequence of merged tokens per picture.
+
+        - crops: per picture ``(1 + a*g, 3, c, c)``, global view first; no padding crops
+        - grids: per picture ``(a, g)``
+        - returns: per picture ``(n, 4w)``
+        """
+        features = self.img_processor.vision_model(torch.cat(list(crops)))
+        pieces = torch.split(merge_patches(features), [len(c) for c in crops])
+        return [self._assemble(cells, grid) for cells, grid in zip(pieces, grids, strict=True)]
+
+    def _assemble(self, cells: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``sub_glb`` order: crops as one picture, separator, global view."""
+        whole = self._with_row_ends(cells[:1], (1, 1))
+        parts = self._with_row_ends(cells[1:], grid)
+        return torch.cat((parts, self.glb_GN[0], whole))
+
+    def _with_row_ends(self, cells: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``(a*g, m, m, 4w)`` laid out as a picture, a row end after each row: ``(a*m * (g*m + 1), 4w)``."""
+        (rows, columns), side = grid, cells.shape[1]
+        picture = cells.reshape(rows, columns, side, side, -1).transpose(1, 2).reshape(rows * side, columns * side, -1)
+        row_ends = self.sub_GN[0].expand(rows * side, 1, -1)
+        return torch.cat((picture, row_ends), dim=1).flatten(0, 1)
+
+
+def merge_patches(features: Tensor) -> Tensor:
+    """Join 2x2 patches, row by row within each: ``(k, 2m, 2m, w)`` to ``(k, m, m, 4w)``."""
+    crops, side, _, width = features.shape
+    half = side // 2
+    blocks = features.reshape(crops, half, 2, half, 2, width).permute(0, 1, 3, 2, 4, 5)
+    return blocks.reshape(crops, half, half, 4 * width)
+
+
+class ImageProjector(nn.Module):
+    """Merged tokens to language-model embeddings; each perspective has its own."""
+
+    def __init__(self, config: Phi3VConfig, clip: ClipConfig) -> None:
+        super().__init__()
+        self.img_projection = nn.Sequential(
+            nn.Linear(4 * clip.hidden_size, config.hidden_size),
+            nn.GELU(),
+            nn.Linear(config.hidden_size, config.hidden_size),
+        )
+
+    def forward(self, merged: Tensor) -> Tensor:
+        projected: Tensor = self.img_projection(merged)
+        return projected
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Which tokens of right-padded samples are real. ``counts``: ``(b,)`` int64."""
+
+    counts: Tensor
+    padded: int
+
+    def pick_last(self, values: Tensor) -> Tensor:
+        """The end token's row of ``(b, ..., l, d)`` or ``(1, ..., l, d)``: ``(b, ..., 1, d)``."""
+        values = values.expand(len(self.counts), *values.shape[1:])
+        index = (self.counts - 1).view(-1, *[1] * (values.dim() - 1))
+        return values.gather(-2, index.expand(*values.shape[:-2], 1, values.shape[-1]))
+
+    def key_mask(self) -> Tensor:
+        """``(b, 1, 1, l)`` bool, true at real tokens."""
+        positions = torch.arange(self.padded, device=self.counts.device)
+        return (positions < self.counts[:, None])[:, None, None, :]
+
+
+class Phi3Attention(nn.Module):
+    """Causal self-attention with rotary positions.
+
+    Samples are padded on the right, so causality alone keeps real tokens from seeing padding: no mask is built.
+    """
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.key_value_width = config.num_key_value_heads * config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, config.hidden_size + 2 * self.key_value_width, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def _heads(self, values: Tensor, heads: int) -> Tensor:
+        return values.view(*values.shape[:-1], heads, self.head_dim).transpose(1, 2)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if self.num_key_value_heads != self.num_heads:
+            repeats = self.num_heads // self.num_key_value_heads
+            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Every position: ``(b, l, h)`` to ``(b, l, h)``."""
+        widths = (self.o_proj.in_features, self.key_value_width, self.key_value_width)
+        q, k, v = self.qkv_proj(hidden).split(widths, dim=-1)
+        q, k, v = (
+            self._heads(q, self.num_heads),
+            self._heads(k, self.num_key_value_heads),
+            self._heads(v, self.num_key_value_heads),
+        )
+        return self._mix(apply_rope(q, *rope), apply_rope(k, *rope), v, mask=None)
+
+    def forward_last(self, hidden: Tensor, rope: tuple[Tensor, Tensor], lengths: Lengths) -> Tensor:
+        """Only the end token asks, every real token answers: ``(b, l, h)`` to ``(b, 1, h)``."""
+        weight, width = self.qkv_proj.weight, self.o_proj.in_features
+        q = self._heads(F.linear(lengths.pick_last(hidden), weight[:width]), self.num_heads)
+        k, v = F.linear(hidden, weight[width:]).chunk(2, dim=-1)
+        k, v = self._heads(k, self.num_key_value_heads), self._heads(v, self.num_key_value_heads)
+        q = apply_rope(q, lengths.pick_last(rope[0]), lengths.pick_last(rope[1]))
+        return self._mix(q, apply_rope(k, *rope), v, mask=lengths.key_mask())
+
+
+class Phi3Mlp(nn.Module):
+    """Gated MLP; the first half of ``gate_up_proj`` is the gate."""
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
+        out: Tensor = self.down_proj(up * F.silu(gate))
+        return out
+
+
+class Phi3Layer(nn.Module):
+    """Pre-norm decoder layer."""
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Phi3Attention(config)
+        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Phi3Mlp(config)
+
+    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """``(b, l, h)`` to ``(b, l, h)``."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope)
+        out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return out
+
+    def forward_last(self, hidden: Tensor, rope: tuple[Tensor, Tensor], lengths: Lengths) -> Tensor:
+        """``(b, l, h)`` to the end tokens' ``(b, 1, h)``."""
+        mixed = self.self_attn.forward_last(self.input_layernorm(hidden), rope, lengths)
+        end = lengths.pick_last(hidden) + mixed
+        out: Tensor = end + self.mlp(self.post_attention_layernorm(end))
+        return out
+
+
+class Phi3VModel(nn.Module):
+    """Embeddings, projector and decoder of one perspective; the image tower stands apart and is shared."""
+
+    def __init__(self, config: Phi3VConfig, clip: ClipConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.vision_embed_tokens = ImageProjector(config, clip)
+        self.layers = nn.ModuleList(Phi3Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+
+    def embed(self, input_ids: Tensor, image_tokens: Tensor) -> Tensor:
+        """Look ids up, and put the projected image tokens, in order, where an id is negative.
+
+        - input_ids: ``(b, l)`` int64; image_tokens: ``(number of negative ids, h)``
+        - returns: ``(b, l, h)``
+        """
+        embedded: Tensor = self.embed_tokens(input_ids.clamp(min=0))
+        # Out of place, so that gradients reach both sides when this model is trained.
+        slots = (input_ids < 0).unsqueeze(-1).expand_as(embedded)
+        return embedded.masked_scatter(slots, image_tokens.to(embedded.dtype))
+
+    def end_hidden(self, embedded: Tensor, rope: tuple[Tensor, Tensor], lengths: Lengths) -> Tensor:
+        """Hidden state of the end token after the final norm: ``(b, l, h)`` to ``(b, h)``."""
+        for layer in self.layers[:-1]:
+            embedded = layer(embedded, rope)
+        last = cast(Phi3Layer, self.layers[-1])
+        hidden: Tensor = self.norm(last.forward_last(embedded, rope, lengths))
+        return hidden.squeeze(1)

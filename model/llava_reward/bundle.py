@@ -1,0 +1,174 @@
+"""A checkpoint bundle on disk: ``scorer.json``, a backbone folder and one adapter folder per perspective.
+
+Finds and hashes the files; reads no weights and needs no torch.
+
+    <bundle>/scorer.json     what belongs together; paths are relative to the bundle, or absolute
+    <bundle>/backbone/       config.json, clip_tower.json (optional), tokenizer.json, *.safetensors
+    <bundle>/<adapter>/      reward_config.yaml, pytorch_model.bin, lora/ (as the authors publish it)
+    <bundle>/golden.json     optional: inputs with known rewards
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.errors import ConfigError
+from model.images import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
+from model.llava_reward.config import read_head_config, read_json
+from model.perspectives import Perspective
+from model.scorer import ScorerIdentity
+
+SYSTEM = "llava_reward"
+FAMILY = "phi3v"
+
+# The longest prompts that people log are some hundred tokens; beyond this a text is an accident, and its
+# attention would cost more than the image's.
+MAX_PROMPT_TOKENS = 4096
+
+_REQUIRED = {
+    "system": str,
+    "family": str,
+    "name": str,
+    "licence": str,
+    "is_trained": bool,
+    "backbone": str,
+    "adapters": dict,
+    "num_crops": int,
+}
+_OPTIONAL = {"max_prompt_tokens": int, "max_image_bytes": int, "max_image_pixels": int, "notes": str}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One ``scorer.json``, checked, with its paths resolved."""
+
+    folder: Path
+    name: str
+    licence: str
+    is_trained: bool
+    backbone: Path
+    adapters: Mapping[Perspective, Path]
+    num_crops: int
+    max_prompt_tokens: int
+    max_image_bytes: int
+    max_image_pixels: int
+
+    @property
+    def perspectives(self) -> tuple[Perspective, ...]:
+        return tuple(p for p in Perspective if p in self.adapters)
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """Read and check ``folder/scorer.json``; raises ``ConfigError`` naming the file, the key and the remedy."""
+    path = folder / "scorer.json"
+    values = read_json(path)
+    _check_keys(path, values)
+    if (values["system"], values["family"]) != (SYSTEM, FAMILY):
+        raise ConfigError(f"{path}: system={values['system']!r} family={values['family']!r} is not {SYSTEM}/{FAMILY}")
+    if values["num_crops"] < 1:
+        raise ConfigError(f"{path}: num_crops={values['num_crops']} must be at least 1")
+    return Bundle(
+        folder=folder,
+        name=values["name"],
+        licence=values["licence"],
+        is_trained=values["is_trained"],
+        backbone=_existing(path, folder / values["backbone"]),
+        adapters=_adapters(path, values["adapters"]),
+        num_crops=values["num_crops"],
+        max_prompt_tokens=values.get("max_prompt_tokens", MAX_PROMPT_TOKENS),
+        max_image_bytes=values.get("max_image_bytes", MAX_IMAGE_BYTES),
+        max_image_pixels=values.get("max_image_pixels", MAX_IMAGE_PIXELS),
+    )
+
+
+def _check_keys(path: Path, values: Mapping[str, Any]) -> None:
+    known = {**_REQUIRED, **_OPTIONAL}
+    missing, surplus = sorted(set(_REQUIRED) - set(values)), sorted(set(values) - set(known))
+    if missing or surplus:
+        raise ConfigError(f"{path}: missing keys {missing}, unknown keys {surplus}")
+    # bool is an int for isinstance, hence the comparison of types.
+    wrong = [
+        f"{key}={value!r} (expected {known[key].__name__})"
+        for key, value in values.items()
+        if type(value) is not known[key]
+    ]
+    if wrong:
+        raise ConfigError(f"{path}: {', '.join(wrong)}")
+
+
+def _adapters(path: Path, values: Mapping[str, Any]) -> dict[Perspective, Path]:
+    unknown = sorted(set(values) - set(Perspective))
+    if unknown or not values:
+        raise ConfigError(f"{path}: adapters names {unknown}, expected some of {[p.value for p in Perspective]}")
+    return {Perspective(key): _existing(path, path.parent / value) for key, value in values.items()}
+
+
+def _existing(path: Path, folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ConfigError(f"{path} names the folder {folder}, which does not exist")
+    return folder
+
+
+def backbone_weights(backbone: Path) -> list[Path]:
+    """The safetensors files of a backbone: ``model.safetensors``, or the shards that the index names."""
+    index = backbone / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map", {})
+        files = sorted({backbone / name for name in weight_map.values()})
+    else:
+        files = [backbone / "model.safetensors"]
+    return [_existing_file(path) for path in files]
+
+
+def adapter_weights(adapter: Path) -> tuple[Path, Path]:
+    """The head's ``pytorch_model.bin``, and the LoRA file (``.safetensors`` or ``.bin``)."""
+    lora = adapter / "lora" / "adapter_model.safetensors"
+    if not lora.exists():
+        lora = adapter / "lora" / "adapter_model.bin"
+    return _existing_file(adapter / "pytorch_model.bin"), _existing_file(lora)
+
+
+def _existing_file(path: Path) -> Path:
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; the checkpoint folder must hold it")
+    return path
+
+
+def read_identity(folder: Path, *, dtype: str, preprocessing_hash: str) -> ScorerIdentity:
+    """Hash the files that decide each perspective's reward. Reads every byte of them, builds no tensor."""
+    bundle = read_bundle(folder)
+    backbone_files = [_existing_file(bundle.backbone / "config.json"), *backbone_weights(bundle.backbone)]
+    if (bundle.backbone / "clip_tower.json").exists():
+        backbone_files.append(bundle.backbone / "clip_tower.json")
+    backbone_lines = _hash_lines("backbone", bundle.backbone, backbone_files)
+    checkpoints, vectors = {}, []
+    for perspective in bundle.perspectives:
+        adapter = bundle.adapters[perspective]
+        names = ("reward_config.yaml", "lora/adapter_config.json")
+        files = [*(_existing_file(adapter / name) for name in names), *adapter_weights(adapter)]
+        digest = hashlib.sha256("".join(backbone_lines + _hash_lines("adapter", adapter, files)).encode()).hexdigest()
+        checkpoints[perspective] = f"{bundle.name}@sha256:{digest}"
+        if read_head_config(adapter / "reward_config.yaml").is_general_preference:
+            vectors.append(perspective)
+    return ScorerIdentity(
+        name=bundle.name,
+        checkpoints=checkpoints,
+        preprocessing_hash=preprocessing_hash,
+        dtype=dtype,
+        is_trained=bundle.is_trained,
+        licence=bundle.licence,
+        vector_perspectives=tuple(vectors),
+    )
+
+
+def _hash_lines(role: str, root: Path, files: Iterable[Path]) -> list[str]:
+    lines = []
+    for path in sorted(files):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        lines.append(f"{role}/{path.relative_to(root).as_posix()} {digest}\n")
+    return lines

@@ -1,0 +1,239 @@
+"""CPU preprocessing of LLaVA-Reward (phi3v): bytes and prompt to a uint8 picture and token ids.
+
+Needs Pillow, numpy and tokenizers, never torch, so that data workers start fast. Normalising, the global
+view and cutting into crops happen on the device, in ``pixels.py``: what travels is the uint8 picture.
+
+Letters: H, W: height and width in pixels after padding, multiples of the crop side. n: tokens.
+Source of the picture's part: the "HD transform" of microsoft/Phi-3.5-vision-instruct, image_processing_phi3_v.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL
+import tokenizers
+from PIL import Image
+
+from model.errors import ConfigError, ErrorCode, InputError, Stage
+from model.images import decode_image, image_facts
+from model.llava_reward.bundle import Bundle, read_bundle
+from model.llava_reward.bundle import read_identity as hash_identity
+from model.llava_reward.config import ClipConfig, read_clip_config, read_json
+from model.schema import Generation, RowError
+from model.scorer import Prepared, ScorerIdentity
+
+# Raise it when the arrays made from the same inputs change.
+PROCESSOR_VERSION = 1
+
+IMAGE_TOKEN = -1  # stands in the ids where an image feature goes
+_END = "<|endoftext|>"
+_BEFORE_IMAGE = "<|user|>\n"
+_WHITE = (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class HdLayout:
+    """Where a picture lands: resized, then padded with white up to whole crops. All in pixels.
+
+    ``is_transposed``: a portrait picture is mirrored along its main diagonal while it is resized and padded;
+    the sizes here are those of the final, upright picture.
+    """
+
+    resized: tuple[int, int]
+    padded: tuple[int, int]
+    is_transposed: bool
+
+
+def hd_layout(width: int, height: int, *, num_crops: int, crop_size: int) -> HdLayout:
+    """Choose the largest size whose crops number at most ``num_crops``.
+
+    - returns: ``(width, height)`` pairs
+    - raises: ``InputError`` image_too_narrow if no row of pixels would be left
+    """
+    is_transposed = width < height
+    ratio = max(width, height) / min(width, height)
+    scale = 1
+    while scale * math.ceil(scale / ratio) <= num_crops:
+        scale += 1
+    scale -= 1
+    long_side = scale * crop_size
+    short_side = int(long_side / ratio)
+    if short_side == 0:
+        message = (
+            f"{width}x{height} pixels: resized to {long_side} on its long side, no pixel is left on the other; crop it"
+        )
+        raise InputError(ErrorCode.IMAGE_TOO_NARROW, Stage.DECODE, message)
+    padded_short = math.ceil(short_side / crop_size) * crop_size
+    resized, padded = (long_side, short_side), (long_side, padded_short)
+    return HdLayout(resized[::-1], padded[::-1], True) if is_transposed else HdLayout(resized, padded, False)
+
+
+def hd_transform(image: Image.Image, *, num_crops: int, crop_size: int) -> Image.Image:
+    """Resize (PIL bilinear, 8 bits) and pad with white, centred on the short side, to multiples of the crop."""
+    layout = hd_layout(image.width, image.height, num_crops=num_crops, crop_size=crop_size)
+    resized, padded = layout.resized, layout.padded
+    if layout.is_transposed:
+        # PIL resizes along x before y and rounds in between, so only transposing first gives the same bytes.
+        image, resized, padded = image.transpose(Image.Transpose.TRANSPOSE), resized[::-1], padded[::-1]
+    image = image.resize(resized, Image.Resampling.BILINEAR)
+    if resized != padded:
+        canvas = Image.new("RGB", padded, _WHITE)
+        canvas.paste(image, (0, (padded[1] - resized[1]) // 2))
+        image = canvas
+    return image.transpose(Image.Transpose.TRANSPOSE) if layout.is_transposed else image
+
+
+def num_image_tokens(width: int, height: int, clip: ClipConfig) -> int:
+    """Tokens of a padded picture: its crops, the global view, one row end a row, and one separator between."""
+    rows, columns = height // clip.image_size, width // clip.image_size
+    side = clip.merged_per_side
+    return (rows * columns + 1) * side * side + 1 + (rows + 1) * side
+
+
+def max_image_tokens(num_crops: int, clip: ClipConfig) -> int:
+    """The most tokens that any picture can take: all crops in one column."""
+    side = clip.merged_per_side
+    return (num_crops + 1) * side * side + 1 + (num_crops + 1) * side
+
+
+class PromptTokenizer:
+    """Token ids of the text around the image, from a ``tokenizer.json``.
+
+    The image splits the text ``<|user|>\\n<|image_1|>\\n{prompt}<|endoftext|>`` into two parts that are encoded
+    apart, each with its own start token, as the reference does. A prompt is always plain text: special tokens
+    spelled inside it are encoded as their characters, so it can neither move the end token nor add an image.
+    """
+
+    def __init__(self, path: Path) -> None:
+        values = read_json(path)
+        full = _tokenizer(path, values)
+        # Tokens that the file does not mark special would otherwise still be found inside prompts.
+        for token in values.get("added_tokens", []):
+            token["special"] = True
+        self._plain = _tokenizer(path, values)
+        self._plain.encode_special_tokens = True
+        end_id = full.token_to_id(_END)
+        if end_id is None:
+            raise ConfigError(f"{path} has no token {_END}; it is not the tokenizer of a phi3v checkpoint")
+        self.end_id: int = end_id
+        self.before_image: list[int] = full.encode(_BEFORE_IMAGE).ids
+        self.max_token_chars = max(map(len, full.get_vocab()))
+        probe = "a probe "
+        if full.encode(f"\n{probe}{_END}").ids != self.after_image(probe):
+            raise ConfigError(f"{path}: encoding plain text and {_END} apart differs from encoding them together")
+
+    def after_image(self, prompt: str) -> list[int]:
+        """Ids of the part behind the image, end token included."""
+        return [*self._plain.encode(f"\n{prompt}").ids, self.end_id]
+
+
+def _tokenizer(path: Path, values: dict[str, object]) -> tokenizers.Tokenizer:
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(values))
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigError(f"{path} is not a tokenizer: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+class LlavaRewardPreprocessor:
+    """The CPU step. Thread-safe; two with equal ``preprocessing_hash`` make equal arrays."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._clip = read_clip_config(bundle.backbone / "clip_tower.json")
+        self.crop_size = self._clip.image_size
+        tokenizer_path = bundle.backbone / "tokenizer.json"
+        self.tokenizer = PromptTokenizer(tokenizer_path)
+        self.max_prompt_tokens = self._prompt_limit(bundle.backbone / "config.json")
+        self.preprocessing_hash = self._hash(tokenizer_path)
+
+    def _prompt_limit(self, config_path: Path) -> int:
+        """The configured limit, or less where the longest image would leave too few positions."""
+        positions = int(read_json(config_path)["max_position_embeddings"])
+        around = len(self.tokenizer.before_image) + max_image_tokens(self._bundle.num_crops, self._clip)
+        limit = min(self._bundle.max_prompt_tokens, positions - around)
+        if limit < 1:
+            raise ConfigError(
+                f"{config_path}: max_position_embeddings={positions} leaves no room beside {around} image tokens"
+            )
+        return limit
+
+    def _hash(self, tokenizer_path: Path) -> str:
+        bundle = self._bundle
+        facts = {
+            "processor": PROCESSOR_VERSION,
+            "tokenizer": hashlib.sha256(tokenizer_path.read_bytes()).hexdigest(),
+            "num_crops": bundle.num_crops,
+            "crop_size": self.crop_size,
+            "patch_size": self._clip.patch_size,
+            "max_prompt_tokens": self.max_prompt_tokens,
+            "max_image_bytes": bundle.max_image_bytes,
+            "max_image_pixels": bundle.max_image_pixels,
+            "pillow": PIL.__version__,
+            "tokenizers": tokenizers.__version__,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def preprocess(self, generations: Iterable[Generation]) -> list[Prepared]:
+        """Arrays of each generation, in order.
+
+        - ``pixels``: ``(H, W, 3)`` uint8, resized and padded
+        - ``input_ids``: ``(n,)`` int32, -1 where an image feature goes, the end token last
+        """
+        return [self._prepare(generation) for generation in generations]
+
+    def _prepare(self, generation: Generation) -> Prepared:
+        facts = None
+        try:
+            after_image = self._encode(generation.prompt)
+            image, facts = decode_image(
+                generation.image,
+                max_image_bytes=self._bundle.max_image_bytes,
+                max_image_pixels=self._bundle.max_image_pixels,
+            )
+            picture = hd_transform(image, num_crops=self._bundle.num_crops, crop_size=self.crop_size)
+        except InputError as error:
+            row_error = RowError(error.code, error.stage, error.message)
+            facts = facts or image_facts(generation.image)
+            return Prepared(generation.generation_id, image=facts, error=row_error)
+        slots = [IMAGE_TOKEN] * num_image_tokens(picture.width, picture.height, self._clip)
+        ids = np.array([*self.tokenizer.before_image, *slots, *after_image], dtype=np.int32)
+        return Prepared(generation.generation_id, {"pixels": np.array(picture), "input_ids": ids}, facts)
+
+    def _encode(self, prompt: str) -> list[int]:
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            message = f"the prompt holds half of a surrogate pair at character {error.start}; write it as UTF-8 again"
+            raise InputError(ErrorCode.BAD_PROMPT, Stage.PREPROCESS, message) from error
+        least = len(prompt) // self.tokenizer.max_token_chars
+        if least > self.max_prompt_tokens:  # certain without the cost of encoding it
+            raise self._too_long(len(prompt), f"at least {least}")
+        ids = self.tokenizer.after_image(prompt)
+        if len(ids) > self.max_prompt_tokens:
+            raise self._too_long(len(prompt), str(len(ids)))
+        return ids
+
+    def _too_long(self, characters: int, tokens: str) -> InputError:
+        found = f"{tokens} tokens ({characters} characters)"
+        message = f"max_prompt_tokens={self.max_prompt_tokens} exceeded by {found}; shorten it"
+        return InputError(ErrorCode.PROMPT_TOO_LONG, Stage.PREPROCESS, message)
+
+
+def load_preprocessor(folder: Path) -> LlavaRewardPreprocessor:
+    """The CPU step of the bundle in ``folder``; raises ``ConfigError`` if a file is missing or malformed."""
+    return LlavaRewardPreprocessor(read_bundle(folder))
+
+
+def read_identity(folder: Path, *, dtype: str) -> ScorerIdentity:
+    """The identity of the scorer in ``folder``, from its files alone."""
+    return hash_identity(folder, dtype=dtype, preprocessing_hash=load_preprocessor(folder).preprocessing_hash)

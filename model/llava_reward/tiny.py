@@ -1,0 +1,203 @@
+"""Writes a tiny checkpoint in the published layout: ``python -m model.llava_reward.tiny OUT``.
+
+Random weights, deterministic by seed: it shows that every file, tensor and step works, and knows nothing about
+images. Scaled so that rewards differ between inputs, which untrained networks of default scale hardly do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.golden import GOLDEN_FILE
+from model.llava_reward.backbones.phi3v import VisionEncoder
+from model.llava_reward.config import ClipConfig, HeadConfig, Phi3VConfig, read_clip_config, read_phi3v_config
+from model.llava_reward.network import RewardBranch
+from model.llava_reward.tiny_tokenizer import END, build_tokenizer
+from model.perspectives import Perspective
+from model.schema import Generation
+from model.scorer import load
+
+_SEED = 20
+_NAME = "demo"
+_LORA_RANK = 8
+_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+_STORED = torch.bfloat16  # as published; halves the repository's share
+
+# 112-pixel crops, at most four: 93 image tokens for a square picture instead of 2509.
+_CLIP = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 112,
+    "patch_size": 14,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+_SCORER = {
+    "system": "llava_reward",
+    "family": "phi3v",
+    "name": _NAME,
+    "licence": "Apache-2.0",
+    "is_trained": False,
+    "backbone": "backbone",
+    "adapters": {p.value: p.value for p in Perspective},
+    "num_crops": 4,
+    "notes": "Random weights for demonstrations and tests: its rewards mean nothing.",
+}
+_REWARD_CONFIG = """\
+add_cross_attention: true
+general_preference_tau: 0.1
+is_general_preference: false
+value_head_dim: 1
+"""
+_GOLDEN_PROMPTS = ("a red circle above a blue square", "", "two green birds, watercolor 🎨")
+_GOLDEN_SIZES = ((96, 96), (128, 60), (48, 112))
+
+
+def write_checkpoint(out: Path, seed: int = _SEED) -> None:
+    """Write the whole bundle into ``out``, which is created; equal seeds give equal weights and golden rewards."""
+    generator = torch.Generator().manual_seed(seed)
+    backbone = out / "backbone"
+    backbone.mkdir(parents=True, exist_ok=True)
+    _write_json(out / "scorer.json", _SCORER)
+    _write_json(backbone / "clip_tower.json", _CLIP)
+    tokenizer = build_tokenizer(seed)
+    tokenizer.save(str(backbone / "tokenizer.json"))
+    _write_json(backbone / "config.json", _lm_config(tokenizer.get_vocab_size(), tokenizer.token_to_id(END)))
+    config, clip = read_phi3v_config(backbone / "config.json"), read_clip_config(backbone / "clip_tower.json")
+    _write_backbone(backbone, config, clip, generator)
+    for perspective in Perspective:
+        _write_adapter(out / perspective, config, clip, generator)
+    write_golden(out, seed)
+
+
+def write_golden(out: Path, seed: int = _SEED) -> None:
+    """Score three small pictures with the bundle in ``out`` and keep the rewards beside them."""
+    (out / GOLDEN_FILE).unlink(missing_ok=True)
+    (out / "golden").mkdir(exist_ok=True)
+    generations = []
+    for i, (prompt, size) in enumerate(zip(_GOLDEN_PROMPTS, _GOLDEN_SIZES, strict=True)):
+        name = f"golden/{i}.png"
+        _picture(np.random.default_rng(seed + i), *size).save(out / name, optimize=True)
+        generations.append(Generation(name, prompt, (out / name).read_bytes()))
+    cases = [
+        {"image": g.generation_id, "prompt": g.prompt, "values": {p: [round(r, 6)] for p, r in record.rewards.items()}}
+        for g, record in zip(generations, load(out).score(generations), strict=True)
+    ]
+    _write_json(out / GOLDEN_FILE, {"tolerance": {"float32": 1e-3, "bfloat16": 5e-2}, "cases": cases})
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _lm_config(vocabulary: int, end_id: int | None) -> dict[str, Any]:
+    return {
+        "model_type": "phi3_v",
+        "architectures": ["Phi3VForCausalLM"],
+        "vocab_size": math.ceil(vocabulary / 64) * 64,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "type": "su",
+            "short_factor": [round(1 + 0.02 * j, 4) for j in range(16)],
+            "long_factor": [round(1 + 0.06 * j, 4) for j in range(16)],
+        },
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": end_id,
+        "torch_dtype": "bfloat16",
+        "embd_layer": {
+            "embedding_cls": "image",
+            "hd_transform_order": "sub_glb",
+            "projection_cls": "mlp",
+            "use_hd_transform": True,
+            "with_learnable_separator": True,
+        },
+        "img_processor": {"name": "clip_vision_model", "image_dim_out": 64, "num_img_tokens": 16},
+    }
+
+
+def _write_backbone(folder: Path, config: Phi3VConfig, clip: ClipConfig, generator: torch.Generator) -> None:
+    with torch.device("meta"):
+        vision, branch = VisionEncoder(clip), RewardBranch(config, clip, HeadConfig(False, False, 1, 0.1))
+    shapes = {f"model.vision_embed_tokens.{name}": t.shape for name, t in vision.state_dict().items()}
+    shapes |= {name: t.shape for name, t in branch.state_dict().items() if name != "value_head.weight"}
+    tensors = {name: _draw(name, shape, generator) for name, shape in sorted(shapes.items())}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_adapter(folder: Path, config: Phi3VConfig, clip: ClipConfig, generator: torch.Generator) -> None:
+    (folder / "lora").mkdir(parents=True, exist_ok=True)
+    (folder / "reward_config.yaml").write_text(_REWARD_CONFIG, encoding="utf-8")
+    lora_config = {"peft_type": "LORA", "r": _LORA_RANK, "lora_alpha": 2 * _LORA_RANK, "target_modules": [*_TARGETS]}
+    _write_json(folder / "lora" / "adapter_config.json", lora_config)
+    with torch.device("meta"):
+        shapes = {
+            n: t.shape for n, t in RewardBranch(config, clip, HeadConfig(True, False, 1, 0.1)).state_dict().items()
+        }
+    head, lora = {}, {}
+    for name, shape in sorted(shapes.items()):
+        module = name.removesuffix(".weight")
+        if name.startswith(("value_head", "W_", "ca_layernorm")) or "img_projection" in name:
+            head[name] = _draw(name, shape, generator)
+        elif module.endswith(_TARGETS):
+            lora[f"{module}.lora_A.weight"] = _draw(name, torch.Size((_LORA_RANK, shape[1])), generator)
+            # Updates of about half the size of the weights: enough that no perspective resembles another.
+            lora[f"{module}.lora_B.weight"] = 0.25 * _draw(name, torch.Size((shape[0], _LORA_RANK)), generator)
+    torch.save(head, folder / "pytorch_model.bin")
+    torch.save(lora, folder / "lora" / "adapter_model.bin")
+
+
+def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Gaussian of a scale that keeps activations near one; norms near their neutral value."""
+    values = torch.randn(shape, generator=generator)
+    if len(shape) == 1 and name.endswith(".bias"):
+        values = 0.05 * values
+    elif len(shape) == 1 and "class_embedding" not in name:
+        values = 1 + 0.1 * values
+    elif "embed" not in name or "patch" in name or "projection" in name:
+        values = values / math.sqrt(math.prod(shape[1:]))
+    return values.to(_STORED)
+
+
+def _picture(draw: np.random.Generator, width: int, height: int) -> Image.Image:
+    """A plain background with coloured rectangles."""
+    pixels = np.full((height, width, 3), draw.integers(0, 256, 3), dtype=np.uint8)
+    for _ in range(4):
+        x, y = draw.integers(0, width), draw.integers(0, height)
+        pixels[y : y + height // 2, x : x + width // 2] = draw.integers(0, 256, 3)
+    return Image.fromarray(pixels)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="folder of the new checkpoint")
+    parser.add_argument("--seed", type=int, default=_SEED)
+    args = parser.parse_args()
+    write_checkpoint(args.out, args.seed)
+
+
+if __name__ == "__main__":
+    main()
