@@ -62,6 +62,8 @@ general_preference_tau: 0.1
 is_general_preference: false
 value_head_dim: 1
 """
+# Looked up or joined rather than multiplied, so their scale is that of an activation.
+_UNIT = ("embed_tokens.weight", "position_embedding.weight", "class_embedding", "glb_GN", "sub_GN")
 _GOLDEN_PROMPTS = ("a red circle above a blue square", "", "two green birds, watercolor 🎨")
 _GOLDEN_SIZES = ((96, 96), (128, 60), (48, 112))
 
@@ -177,7 +179,7 @@ def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         values = 0.05 * values
     elif len(shape) == 1 and "class_embedding" not in name:
         values = 1 + 0.1 * values
-    elif "embed" not in name or "patch" in name or "projection" in name:
+    elif not name.endswith(_UNIT):
         values = values / math.sqrt(math.prod(shape[1:]))
     return values.to(_STORED)
 
