@@ -434,5 +434,7 @@ def _describe(application: Mapping[str, Any]) -> str:
 
 
 def _messages(application: Mapping[str, Any]) -> str:
-    deployments = application.get("deployments", {}).values()
-    return "; ".join(filter(None, [application.get("message"), *(one.get("message") for one in deployments)]))
+    """What Serve says went wrong. Of a traceback the last line names the error; all of it stands in Ray's logs."""
+    parts = [application, *application.get("deployments", {}).values()]
+    lines = [part["message"].strip().splitlines()[-1] for part in parts if part.get("message", "").strip()]
+    return "; ".join(lines)

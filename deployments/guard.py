@@ -1,0 +1,109 @@
+"""ASGI middleware that stands before the routes: bounds on the body, and an answer to every failure.
+
+The body is bounded while it streams in, whatever Content-Length says and before anything is parsed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from email.message import Message as EmailMessage
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.problems import Problem, RequestCode, internal_error
+
+logger = logging.getLogger("ray.serve")
+
+
+class _RefusedBodyError(HTTPException):
+    """Raised while the body is read. An HTTPException, because FastAPI turns anything else there into a 400."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.status)
+        self.problem = problem
+
+
+class Guard:
+    """Refuses bodies over ``max_body_bytes`` (413), slower than ``body_timeout_s`` (408), or not JSON (415)."""
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, body_timeout_s: float) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._body_timeout_s = body_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        is_started = is_ended = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal is_started, is_ended
+            is_started = True
+            is_ended = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        try:
+            self._check_head(scope)
+            await self._app(scope, self._bounded(receive), send_and_note)
+        except _RefusedBodyError as error:
+            problem = error.problem
+        except Problem as error:
+            problem = error
+        except Exception:
+            # Starlette answers 500 and then raises, so that a server can log. The traceback holds no prompt and
+            # no image: they are never part of a message.
+            logger.exception("request to %s failed", scope["path"])
+            if is_started and not is_ended:
+                raise  # half an answer is out: only breaking the connection tells the client
+            problem = internal_error()
+        else:
+            return
+        if not is_started:
+            # What is left of the body is not read: the connection cannot carry another request.
+            problem.headers.setdefault("Connection", "close")
+            await problem.response()(scope, receive, send)
+
+    def _check_head(self, scope: Scope) -> None:
+        if scope["method"] not in ("POST", "PUT", "PATCH"):
+            return
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared) > self._max_body_bytes:
+            raise self._too_large()
+        content_type = EmailMessage()
+        content_type["content-type"] = headers.get("content-type", "")
+        if content_type.get_content_type() != "application/json":
+            raise Problem(415, RequestCode.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json")
+
+    def _bounded(self, receive: Receive) -> Receive:
+        received = 0
+        is_complete = False
+        deadline: float | None = None
+
+        async def bounded() -> Message:
+            nonlocal received, is_complete, deadline
+            if is_complete:
+                # Waiting for the client to hang up takes as long as it takes.
+                return await receive()
+            now = asyncio.get_running_loop().time()
+            deadline = deadline or now + self._body_timeout_s
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                detail = f"the body did not arrive within {self._body_timeout_s:g} s"
+                raise _RefusedBodyError(Problem(408, RequestCode.BODY_TIMEOUT, detail)) from None
+            received += len(message.get("body", b""))
+            if received > self._max_body_bytes:
+                raise _RefusedBodyError(self._too_large())
+            is_complete = not message.get("more_body", False)
+            return message
+
+        return bounded
+
+    def _too_large(self) -> Problem:
+        return Problem(413, RequestCode.BODY_TOO_LARGE, f"the body is larger than {self._max_body_bytes} bytes")

@@ -1,0 +1,55 @@
+"""Error answers: ``application/problem+json`` (RFC 9457) with a stable ``code``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from starlette.responses import JSONResponse
+
+
+class RequestCode(StrEnum):
+    """Why a request was refused, beside the codes of single items in model/errors.py. Clients may rely on them."""
+
+    INVALID_JSON = "invalid_json"
+    INVALID_REQUEST = "invalid_request"
+    UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
+    BODY_TOO_LARGE = "body_too_large"
+    BODY_TIMEOUT = "body_timeout"
+    TOO_MANY_ITEMS = "too_many_items"
+    BAD_IMAGE_ENCODING = "bad_image_encoding"
+    PERSPECTIVE_NOT_DEPLOYED = "perspective_not_deployed"
+    NOT_FOUND = "not_found"
+    METHOD_NOT_ALLOWED = "method_not_allowed"
+    OVERLOADED = "overloaded"
+    UNAVAILABLE = "unavailable"
+    NOT_READY = "not_ready"
+    INTERNAL_ERROR = "internal_error"
+
+
+@dataclass
+class Problem(Exception):
+    """An answer that is an error. ``errors``: places in the request and what is wrong there."""
+
+    status: int
+    code: str
+    detail: str
+    errors: list[dict[str, str]] = field(default_factory=list)
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def response(self) -> JSONResponse:
+        content: dict[str, object] = {
+            "type": f"urn:assay:problem:{self.code}",
+            "title": self.code.replace("_", " "),
+            "status": self.status,
+            "code": self.code,
+            "detail": self.detail,
+        }
+        if self.errors:
+            content["errors"] = self.errors
+        return JSONResponse(content, self.status, self.headers, media_type="application/problem+json")
+
+
+def internal_error() -> Problem:
+    """The answer to a failure of ours. What it was stands in the log, not here."""
+    return Problem(500, RequestCode.INTERNAL_ERROR, "this server failed; its log says why")
