@@ -151,9 +151,9 @@ def to_records(outputs: Sequence[RawOutput], vector_perspectives: Sequence[Persp
     return records
 
 
-def _system(folder: Path, module: str) -> ModuleType:
-    """The module that reads this folder, imported now: a caller of ``load_preprocessor`` must not pay for torch."""
-    path = folder / "scorer.json"
+def system_of(name_or_path: str | Path) -> str:
+    """Name of the system that a checkpoint belongs to, such as ``llava_reward``. Raises ``ConfigError``."""
+    path = resolve(name_or_path) / "scorer.json"
     try:
         system = json.loads(path.read_text(encoding="utf-8"))["system"]
     except OSError as error:
@@ -162,7 +162,12 @@ def _system(folder: Path, module: str) -> ModuleType:
         raise ConfigError(f"{path} is not a JSON object with the key 'system': {error}") from error
     if system not in _SYSTEMS:
         raise ConfigError(f"{path}: system={system!r} is unknown, expected one of {sorted(_SYSTEMS)}")
-    return importlib.import_module(f"{_SYSTEMS[system]}.{module}")
+    return str(system)
+
+
+def _system(folder: Path, module: str) -> ModuleType:
+    """The module that reads this folder, imported now: a caller of ``load_preprocessor`` must not pay for torch."""
+    return importlib.import_module(f"{_SYSTEMS[system_of(folder)]}.{module}")
 
 
 def _checked_dtype(dtype: str) -> str:

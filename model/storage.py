@@ -11,6 +11,7 @@ Errors: ``FileNotFoundError``, ``PermissionError``, ``FileExistsError`` (conditi
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,8 +123,18 @@ def put_file(uri: str, source: Path) -> None:
     path = local_path(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{os.urandom(4).hex()}-{path.name}")
-    temporary.write_bytes(source.read_bytes())
+    shutil.copyfile(source, temporary)
     temporary.replace(path)
+
+
+def get_file(uri: str, target: Path) -> None:
+    """Downloads an object to a local file, in parts where large."""
+    if is_s3(uri):
+        bucket, key = split_s3(uri)
+        with _translated(uri):
+            _client().download_file(bucket, key, str(target))
+        return
+    shutil.copyfile(local_path(uri), target)
 
 
 def list_objects(prefix: str, *, is_probe: bool = False) -> Iterator[StoredObject]:
@@ -142,6 +153,13 @@ def list_objects(prefix: str, *, is_probe: bool = False) -> Iterator[StoredObjec
     for path in files:
         if not path.name.startswith(_TEMPORARY):
             yield _stat(path)
+
+
+def list_if_any(prefix: str) -> list[StoredObject]:
+    """Everything below ``prefix``; an absent local folder holds nothing, as an absent S3 prefix does."""
+    if not is_s3(prefix) and not local_path(prefix).exists():
+        return []
+    return list(list_objects(prefix))
 
 
 def head(uri: str) -> StoredObject:
@@ -283,7 +301,9 @@ def _translated(uri: str) -> Iterator[None]:
     except S3UploadFailedError as error:
         raise TransientError(f"upload of {uri} failed: {error}") from error
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
-        raise PermissionError(f"no S3 credentials for {uri}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
+        raise PermissionError(
+            f"no S3 credentials for {uri}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        ) from error
     except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
         raise TransientError(f"S3 did not answer for {uri}: {error}") from error
 

@@ -1,0 +1,160 @@
+"""The ``assay`` command: everything beside the nightly run itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import pyarrow as pa
+
+from jobs import manifest as manifests
+from jobs.folder_log import Prompts, log_from_folder
+from jobs.gc import collect
+from jobs.lock import NightLock
+from jobs.query import as_text, run_query
+from jobs.rejudge import rejudge
+from jobs.run import new_run_id
+from jobs.score_logs import EXIT_CONFIG, EXIT_INFRASTRUCTURE, EXIT_OK, say
+from jobs.verify import VerificationError, verify_night
+from model.errors import ConfigError, InfrastructureError, TransientError
+from model.policy_file import load_policy
+
+EXIT_NOT_VERIFIED = 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one subcommand. Exit codes: 0; 1 verification failed; 2 bad arguments or input; 4 infrastructure."""
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except VerificationError as error:
+        return _fail(EXIT_NOT_VERIFIED, f"not verified: {error}")
+    except (ConfigError, PermissionError) as error:
+        return _fail(EXIT_CONFIG, str(error))
+    except (InfrastructureError, TransientError) as error:
+        return _fail(EXIT_INFRASTRUCTURE, str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="assay", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        return sub
+
+    query = add("query", _query, "run SQL over the published nights (view: scores)")
+    query.add_argument("sql", help="for example: SELECT verdict, count(*) FROM scores GROUP BY 1")
+    query.add_argument("--format", choices=["table", "json", "csv"], default="table")
+    _output(query, needs_date=False)
+    verify = add("verify", _verify, "check a published night against its manifest and its logs")
+    verify.add_argument("--skip-inputs", action="store_true", help="do not compare the logs (they may have expired)")
+    _output(verify)
+    again = add("rejudge", _rejudge, "judge the stored rewards of a night with another policy")
+    again.add_argument("--policy", required=True, metavar="FILE")
+    _output(again)
+    collected = add("gc", _gc, "remove files that no manifest names")
+    collected.add_argument("--older-than-days", type=float, default=7.0, metavar="DAYS")
+    collected.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    _output(collected, has_date=False)
+    folder = add("log-folder", _log_folder, "make a log from a folder of images")
+    folder.add_argument("folder", type=Path, help="local folder of images")
+    folder.add_argument(
+        "--images", metavar="URI", help="upload the images to here; without it the log names local files"
+    )
+    folder.add_argument("--prompts", type=Path, metavar="FILE", help="JSONL with an image name and a prompt per line")
+    folder.add_argument("--image-field", action="append", metavar="NAME", help="field of the name (image); repeatable")
+    folder.add_argument("--prompt-field", default="prompt", metavar="NAME", help="field of the prompt (prompt)")
+    folder.add_argument("--generator", default="unknown", metavar="NAME", help="what made the images")
+    _output(folder)
+    return parser
+
+
+def _output(parser: argparse.ArgumentParser, *, has_date: bool = True, needs_date: bool = True) -> None:
+    parser.add_argument("--output", required=True, metavar="URI", help="root of the published nights, or of the log")
+    if has_date:
+        parser.add_argument("--date", type=_date, required=needs_date, metavar="YYYY-MM-DD")
+
+
+def _date(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a date; write YYYY-MM-DD") from error
+
+
+def _query(arguments: argparse.Namespace) -> int:
+    table = run_query(arguments.output, arguments.sql, arguments.date)
+    print(_formatted(table, arguments.format))
+    return EXIT_OK
+
+
+def _formatted(table: pa.Table, style: str) -> str:
+    if style == "json":
+        return json.dumps(table.to_pylist(), default=str, ensure_ascii=False)
+    if style == "csv":
+        import pyarrow.csv as csv
+
+        sink = pa.BufferOutputStream()
+        csv.write_csv(table, sink)
+        return str(sink.getvalue().to_pybytes().decode().rstrip("\n"))
+    return as_text(table)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    manifest = verify_night(arguments.output, arguments.date, check_inputs=not arguments.skip_inputs)
+    say(f"verified: {manifest.date} version {manifest.version}, {manifest.rows} rows in {len(manifest.files)} files")
+    return EXIT_OK
+
+
+def _rejudge(arguments: argparse.Namespace) -> int:
+    policy = load_policy(arguments.policy)
+    published = manifests.latest(arguments.output, arguments.date)
+    if published is None:
+        raise ConfigError(f"the night {arguments.date} is not published under {arguments.output}")
+    run_id = new_run_id()
+
+    def lost() -> None:
+        say("another run has taken over this night; nothing will be published here")
+
+    with NightLock(arguments.output, arguments.date, run_id, say, on_lost=lost) as lock:
+        rows_per_part = max(file.rows for file in published.files)
+        manifest = rejudge(arguments.output, published, policy, run_id, rows_per_part, lock, say)
+    say(f"published version {manifest.version}: {manifest.rows_by_verdict}")
+    return EXIT_OK
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    done = collect(arguments.output, say, older_than_days=arguments.older_than_days, dry_run=arguments.dry_run)
+    say(f"{done.objects} objects, {done.size_bytes} bytes{' (dry run)' if arguments.dry_run else ''}")
+    return EXIT_OK
+
+
+def _log_folder(arguments: argparse.Namespace) -> int:
+    fields = tuple(arguments.image_field or ["image"])
+    prompts = Prompts(arguments.prompts, fields, arguments.prompt_field) if arguments.prompts else None
+    log = log_from_folder(
+        arguments.folder,
+        arguments.output,
+        arguments.date,
+        images_uri=arguments.images,
+        prompts=prompts,
+        generator=arguments.generator,
+    )
+    say(f"{log.row_count} rows in {log.log_uri}, {log.without_prompt} of them without a prompt")
+    return EXIT_OK
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

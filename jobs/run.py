@@ -1,0 +1,272 @@
+"""One night, from configuration to manifest: decides what is left to do, stages it, publishes it.
+
+Every step may be killed and run again. What is done is known from storage alone: committed blocks (Ray's
+checkpoint), a marker per finished shard, and in the end the manifest.
+"""
+
+from __future__ import annotations
+
+import _thread
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+import ray
+
+from jobs import manifest as manifests
+from jobs import report
+from jobs.backends import ScoringPlan
+from jobs.config import JobConfig
+from jobs.fetch import check_image_root
+from jobs.lock import NightLock
+from jobs.manifest import InputObject, Manifest
+from jobs.pipeline import check_resources, run_shard
+from jobs.progress import OutageRule, Progress, Reporter, Snapshot, SystemicFailureError
+from jobs.publish import Target, check_rows, write_content
+from jobs.query import dead_letters
+from jobs.rejudge import content_fields, file_facts, rejudge
+from jobs.scan import Scan, Slice, row_reader, scan_night, shards
+from jobs.stages import HASH_KEY_VARIABLE, RunFacts
+from jobs.staging import Staging
+from jobs.via import Via, choose_via
+from model import storage
+from model.code_version import code_version
+from model.errors import ConfigError, InfrastructureError
+from model.policy import Policy, check_applies
+from model.policy_file import load_policy
+from model.schema import SCHEMA_VERSION
+from model.scorer import ScorerIdentity, read_identity, system_of
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same through one run."""
+
+    config: JobConfig
+    identity: ScorerIdentity
+    policy: Policy
+    run_id: str
+    lock: NightLock
+    say: Say
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What has to be staged. ``base``: the published night whose other rows a retry keeps."""
+
+    reason: Literal["scored", "retried"]
+    staging: Staging
+    shards: list[list[Slice]]
+    rows: int
+    base: Manifest | None = None
+
+
+def run_night(config: JobConfig, say: Say) -> Manifest:
+    """Scores, retries or re-judges one night, whichever is left to do, and returns it as published.
+
+    Raises ``ConfigError`` before any work, ``SystemicFailureError`` for an outage, ``InfrastructureError``.
+    """
+    identity, policy = check_configuration(config)
+    # Looked at before the lock is taken, so that a wrong --output is reported as such.
+    manifests.latest(config.output, config.date)
+    run_id = new_run_id()
+    with NightLock(config.output, config.date, run_id, say, on_lost=_thread.interrupt_main) as lock:
+        run = _Run(config, identity, policy, run_id, lock, say)
+        try:
+            return _run_locked(run)
+        except KeyboardInterrupt:
+            # The lock's thread interrupts this one when another run has taken over.
+            lock.check()
+            raise
+
+
+def new_run_id() -> str:
+    """Sortable by time, unique."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
+
+
+def check_configuration(config: JobConfig) -> tuple[ScorerIdentity, Policy]:
+    """Everything that can be wrong before a log is opened. Raises ``ConfigError``."""
+    system = system_of(config.checkpoint)
+    if system != config.scorer:
+        raise ConfigError(f"--checkpoint {config.checkpoint} belongs to scorer {system!r}, not {config.scorer!r}")
+    identity = read_identity(config.checkpoint, dtype=config.dtype)
+    policy = load_policy(config.policy)
+    check_applies(policy, identity.checkpoints, identity.vector_perspectives)
+    check_image_root(config.image_root)
+    if config.hash_columns and not os.environ.get(HASH_KEY_VARIABLE):
+        raise ConfigError(f"--hash-columns needs a secret key in {HASH_KEY_VARIABLE}, where Ray was started")
+    return identity, policy
+
+
+def key_of(config: JobConfig, scan: Scan, identity: ScorerIdentity) -> str:
+    """16 hex digits over everything that decides the stored facts: the same work has the same key after a kill."""
+    content = {
+        "date": str(config.date),
+        "inputs": [[file.log.uri, file.log.version] for file in scan.files],
+        "checkpoints": {str(perspective): value for perspective, value in identity.checkpoints.items()},
+        "preprocessing": identity.preprocessing_hash,
+        "dtype": identity.dtype,
+        # How rows are read: another mapping finds other rows in the same logs.
+        "reading": [config.map, config.image_root, sorted(config.allow_bucket), config.limits.model_dump()],
+        "hidden": [config.drop_columns, config.hash_columns],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _run_locked(run: _Run) -> Manifest:
+    started = time.monotonic()
+    config = run.config
+    run.say(f"reading the logs of {config.date} under {config.input}")
+    scan = scan_night(config)
+    key = key_of(config, scan, run.identity)
+    run.say(f"{scan.rows} rows in {len(scan.files)} files; run key {key}")
+    published = manifests.latest(config.output, config.date)
+    is_finished = published is not None and published.run_key == key
+    if config.retry_errors:
+        if published is None or not is_finished:
+            raise ConfigError(f"--retry-errors: the night {config.date} is not published from these logs and weights")
+        work = _dead_letters_of(published, config, scan)
+        if work.rows == 0:
+            run.say("nothing to retry: no dead letter of this night could end otherwise")
+            return published
+    elif published is not None and is_finished:
+        return _finished(run, published)
+    else:
+        pieces = shards(scan, config.rows_per_shard)
+        work = _Work("scored", Staging(config.output, key, len(pieces)), pieces, scan.rows)
+    via, snapshot, rows_before = _stage(run, work, scan)
+    return _publish(run, work, scan, key, published, via, snapshot, rows_before, started)
+
+
+def _finished(run: _Run, published: Manifest) -> Manifest:
+    if published.policy_hash == run.policy.content_hash:
+        run.say(f"the night {published.date} is published already, as version {published.version}; nothing to do")
+        return published
+    rows_per_part = run.config.rows_per_part
+    return rejudge(run.config.output, published, run.policy, run.run_id, rows_per_part, run.lock, run.say)
+
+
+def _dead_letters_of(published: Manifest, config: JobConfig, scan: Scan) -> _Work:
+    """The rows that failed, to be read and scored again; a file that is still unreadable stays as it is."""
+    failed = dead_letters(config.output, published)
+    slices = []
+    for file in scan.files:
+        numbers = failed.get(file.log.uri, frozenset())
+        if numbers and file.unreadable is None:
+            slices.append(Slice(file, min(numbers), max(numbers) + 1, numbers))
+    # One key per published version: a retry that is killed resumes, the next retry starts afresh.
+    key = hashlib.sha256(f"{published.run_key}:retry:{published.version}".encode()).hexdigest()[:16]
+    pieces = [slices] if slices else []
+    rows = sum(len(piece.only_rows or ()) for piece in slices)
+    return _Work("retried", Staging(config.output, key, len(pieces)), pieces, rows, base=published)
+
+
+def _stage(run: _Run, work: _Work, scan: Scan) -> tuple[Via, Snapshot, int]:
+    """Stages what is left. Returns the way of scoring, this run's counts, and the rows that were done before."""
+    config, identity = run.config, run.identity
+    via = choose_via(config, work.staging, identity, run.say)
+    check_resources(config, via, run.say)
+    rows_before = work.staging.committed_rows()
+    if rows_before:
+        run.say(f"resuming: {rows_before} of {work.rows} rows were done before")
+    progress = ray.remote(num_cpus=0)(Progress).remote(_outage_rule(config, work))
+    plan = ScoringPlan.of(config, via, identity.preprocessing_hash)
+    facts = RunFacts.of(config, identity, run.run_id, code_version())
+    reader = row_reader(config, scan.is_partitioned)
+    with Reporter(progress, work.rows, rows_before, run.say):
+        for shard, slices in enumerate(work.shards):
+            if work.staging.is_done(shard):
+                continue
+            try:
+                run_shard(config, slices, reader, plan, facts, work.staging, shard, progress)
+            except ray.exceptions.RayError:
+                if reason := ray.get(progress.stop_reason.remote()):
+                    raise SystemicFailureError(reason) from None
+                raise
+            work.staging.mark_done(shard)
+    return via, ray.get(progress.snapshot.remote()), rows_before
+
+
+def _outage_rule(config: JobConfig, work: _Work) -> OutageRule | None:
+    # Dead letters that are tried again are expected to fail in the way they did.
+    if work.reason == "retried" or work.rows < config.outage_min_rows:
+        return None
+    return OutageRule(min(config.outage_window_rows, work.rows), config.outage_share)
+
+
+def _publish(
+    run: _Run,
+    work: _Work,
+    scan: Scan,
+    key: str,
+    published: Manifest | None,
+    via: Via,
+    snapshot: Snapshot,
+    rows_before: int,
+    started: float,
+) -> Manifest:
+    config, identity, policy = run.config, run.identity, run.policy
+    run.lock.check()
+    _check_logs_unchanged(scan)
+    run.say("publishing")
+    version = published.version + 1 if published else 1
+    facts = file_facts(identity.checkpoints, policy)
+    target = Target(config.output, config.date, key, version, run.run_id, config.rows_per_part, facts)
+    kept = [storage.join(config.output, file.path) for file in work.base.files] if work.base else []
+    content = write_content([work.staging.files(), kept], target, policy)
+    check_rows(content, scan.rows)
+    manifest = Manifest(
+        date=config.date,
+        version=version,
+        previous_version=published.version if published else None,
+        reason=work.reason,
+        run_key=key,
+        run_id=run.run_id,
+        published_at=datetime.now(UTC),
+        via=via,
+        inputs=_inputs(scan),
+        schema_version=SCHEMA_VERSION,
+        checkpoints=dict(identity.checkpoints),
+        vector_perspectives=identity.vector_perspectives,
+        preprocessing_hash=identity.preprocessing_hash,
+        policy_id=policy.id,
+        policy_hash=policy.content_hash,
+        code_version=code_version(),
+        is_trained=identity.is_trained,
+        **content_fields(content),
+    )
+    run.lock.check()
+    manifests.write(config.output, manifest)
+    # A retry replaces rows on purpose; only what was staged twice counts as repeated work.
+    repeated = content.repeated - (work.rows if work.base else 0)
+    report.write(config.output, manifest, snapshot, time.monotonic() - started, rows_before, repeated)
+    work.staging.remove()
+    return manifest
+
+
+def _inputs(scan: Scan) -> tuple[InputObject, ...]:
+    return tuple(
+        InputObject(
+            uri=file.log.uri, version=file.log.version, rows=file.rows, is_unreadable=file.unreadable is not None
+        )
+        for file in scan.files
+    )
+
+
+def _check_logs_unchanged(scan: Scan) -> None:
+    for file in scan.files:
+        try:
+            version = storage.head(file.log.uri).version
+        except FileNotFoundError:
+            version = "absent"
+        if version != file.log.version:
+            raise InfrastructureError(f"{file.log.uri} changed while it was being scored; run the night again")

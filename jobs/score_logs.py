@@ -1,0 +1,85 @@
+"""Entry point of the nightly job: ``ray job submit --working-dir . -- python jobs/score_logs.py --date …``.
+
+Exit codes: 0 all scored; 2 bad input or configuration, before any work; 3 published, with a share of dead
+letters above ``--max-error-rate``; 4 infrastructure, nothing published.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+
+import ray
+
+from jobs import report
+from jobs.config import parse_arguments
+from jobs.manifest import Manifest
+from jobs.progress import SystemicFailureError
+from jobs.run import run_night
+from model.errors import ConfigError, InfrastructureError, TransientError
+
+EXIT_OK = 0
+EXIT_CONFIG = 2
+EXIT_ERRORS = 3
+EXIT_INFRASTRUCTURE = 4
+
+
+def main(argv: list[str]) -> int:
+    """Runs one night and returns the exit code. Errors of the closed list are one line; others propagate."""
+    try:
+        config = parse_arguments(argv)
+        connect()
+        manifest = run_night(config, say)
+    except ConfigError as error:
+        return _fail(EXIT_CONFIG, str(error))
+    except (InfrastructureError, SystemicFailureError, TransientError) as error:
+        return _fail(EXIT_INFRASTRUCTURE, str(error))
+    except PermissionError as error:
+        return _fail(EXIT_CONFIG, str(error))
+    except ray.exceptions.RayError as error:
+        # A worker, node or stage died. The cause is not always known here, so all of it is shown.
+        traceback.print_exc()
+        return _fail(EXIT_INFRASTRUCTURE, f"the cluster failed: {type(error).__name__}; run the night again to resume")
+    _print_outcome(config.output, manifest)
+    if manifest.error_share > config.max_error_rate:
+        share = f"{manifest.error_share:.2%} of the rows are dead letters"
+        return _fail(EXIT_ERRORS, f"published, but {share}, above --max-error-rate {config.max_error_rate:.2%}")
+    return EXIT_OK
+
+
+def connect() -> None:
+    """Joins the running Ray cluster. Raises ``InfrastructureError`` when there is none."""
+    if ray.is_initialized():
+        return
+    # Ray Data's plan and progress lines say less than our own; its warnings stay.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        # The project root is on the workers' path through --working-dir, or PYTHONPATH where Ray was started.
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise InfrastructureError("no Ray cluster found; start one, or set RAY_ADDRESS") from error
+
+
+def say(line: str) -> None:
+    """One line of progress, seen at once even through a pipe."""
+    print(line, flush=True)
+
+
+def _print_outcome(output: str, manifest: Manifest) -> None:
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(manifest.rows_by_verdict.items()))
+    say(f"night {manifest.date}, version {manifest.version}: {manifest.rows} rows; verdicts: {counts}")
+    for code, count in sorted(manifest.rows_by_code.items(), key=lambda item: -item[1]):
+        say(f"  {count} {code}")
+    if not manifest.is_trained:
+        say("  note: these rewards come from an untrained demonstration checkpoint and mean nothing")
+    say(f"report: {report.uri_of(output, manifest)}")
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
