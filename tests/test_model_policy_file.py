@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from model.errors import ConfigError
 from model.perspectives import Perspective
-from model.policy import Level, Policy, Rule, Severity, Verdict
+from model.policy import Level, Policy, Rule, Severity, Verdict, check_applies
 from model.policy_file import MAX_POLICY_BYTES, load_policy, parse_policy
+from model.scorer import read_identity
 
 CHECKPOINT = "demo@sha256:" + "a" * 64
 DEFAULT = Path(__file__).parent.parent / "infra" / "policies" / "default.yaml"
@@ -158,3 +159,12 @@ def test_the_default_policy_loads() -> None:
     assert set(policy.rules) == set(Perspective)
     # It must be able to give every verdict.
     assert {level.verdict for rule in policy.rules.values() for level in rule.levels} >= {Verdict.REVIEW, Verdict.BLOCK}
+
+
+def test_the_default_policy_is_for_the_shipped_checkpoint() -> None:
+    identity = read_identity("demo")
+    policy = load_policy(DEFAULT)
+    assert {perspective: rule.checkpoint for perspective, rule in policy.rules.items()} == identity.checkpoints
+    check_applies(policy, identity.checkpoints, identity.vector_perspectives)
+    # The file must not promise more than the checkpoint can keep.
+    assert ("untrained" in DEFAULT.read_text()) == (not identity.is_trained)
