@@ -177,6 +177,16 @@ def decide(rewards: Mapping[Perspective, float | None], policy: Policy) -> Decis
     return Decision(verdict, max((level.severity for level in crossed.values()), default=Severity.NONE), flags)
 
 
+def explain(rewards: Mapping[Perspective, float | None], policy: Policy) -> dict[Perspective, str]:
+    """Why: per flagged perspective its reward, the threshold that it crossed, and what that means."""
+    reasons = {}
+    for perspective, rule in policy.rules.items():
+        reward = rewards.get(perspective)
+        if reward is not None and (level := _crossed_level(_float32(perspective, reward), rule)) is not None:
+            reasons[perspective] = f"{reward:.3f} is below {level.below:g}: {level.verdict}, severity {level.severity}"
+    return reasons
+
+
 def _float32(perspective: Perspective, reward: float) -> float:
     try:
         rounded = float(struct.unpack("<f", struct.pack("<f", reward))[0])
