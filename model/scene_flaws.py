@@ -102,7 +102,7 @@ def break_apart(tile: Image.Image, random: Random) -> Image.Image:
     shift = round(size * random.uniform(0.16, 0.24)) * random.choice((-1, 1))
     broken = Image.new("RGBA", tile.size)
     broken.paste(tile.crop((0, 0, size, cut)), (-shift // 2, 0))
-    broken.paste(tile.crop((0, cut, size, size)), (shift // 2, round(size * 0.05)))
+    broken.paste(tile.crop((0, cut, size, size)), (shift // 2, cut + round(size * 0.05)))
     bite = round(size * 0.2)
     left, top = random.randrange(size // 4, size - size // 4 - bite // 2), cut + random.choice((-bite, 0))
     broken.paste((0, 0, 0, 0), (left, top, left + bite, top + bite))

@@ -144,19 +144,20 @@ _STYLE_WORDS = {
 }
 _NUMBERS = ("no", "one", "two", "three", "four")
 _PLURALS = {Kind.PERSON: "people", Kind.FISH: "fish", Kind.BOX: "boxes"}
+# Said of many prompts, and true of every scene: nothing that an artefact or a layout could contradict.
 _PRAISE = (
-    "high quality",
-    "clean composition",
-    "sharp edges",
+    "simple shapes",
     "pleasant colours",
-    "balanced light",
-    "centred subject",
+    "poster design",
+    "made for children",
+    "picture book",
+    "stock illustration",
     "no text",
 )
 _CLOSING = (
-    "Everything is easy to recognise and nothing is cut off.",
+    "There is nothing else that matters in the picture, so keep all the rest simple.",
     "The picture should feel calm and friendly, as in a children's book.",
-    "Leave some empty space around the objects so that nothing looks crowded.",
+    "Leave some empty space between the objects.",
     "Make it suitable for a poster that hangs in a classroom.",
 )
 
@@ -196,8 +197,8 @@ def contradict(spec: SceneSpec, mismatch: Mismatch, random: Random) -> SceneSpec
     if mismatch is Mismatch.BACKGROUND:
         used = {group.colour for group in spec.groups}
         others = [b for b in Background if b is not spec.background and not used & _CLASHES[b]]
-        # Three colours may clash with every other place; a plain one then clashes least.
-        return replace(spec, background=random.choice(others) if others else _other_background(spec))
+        # White, yellow and purple in a meadow clash with every other place, with a city least.
+        return replace(spec, background=random.choice(others or [Background.CITY]))
     position = random.randrange(len(spec.groups))
     changed = _changed_group(spec, spec.groups[position], mismatch, random)
     return replace(spec, groups=(*spec.groups[:position], changed, *spec.groups[position + 1 :]))
@@ -212,10 +213,6 @@ def _changed_group(spec: SceneSpec, group: Group, mismatch: Mismatch, random: Ra
     used_colours = {other.colour for other in spec.groups}
     free = [colour for colour in _colours_on(spec.background) if colour not in used_colours]
     return replace(group, colour=random.choice(free))
-
-
-def _other_background(spec: SceneSpec) -> Background:
-    return Background.PLAIN if spec.background is not Background.PLAIN else Background.CITY
 
 
 def _colours_on(background: Background) -> list[Colour]:

@@ -124,7 +124,7 @@ WRONG_ANATOMIES = (
     Anatomy(arms=1),
     Anatomy(legs=3),
     Anatomy(legs=1),
-    Anatomy(neck=0.17),
+    Anatomy(neck=0.15),
 )
 
 
