@@ -113,13 +113,13 @@ async def _read_s3(uri: str, max_bytes: int) -> bytes:
 
 def _read_local(path: str, max_bytes: int) -> bytes:
     try:
+        if not Path(path).is_file():  # nor a folder, pipe or device
+            raise _refused(ErrorCode.IMAGE_NOT_FOUND, path, "no such file")
         size = Path(path).stat().st_size
         if size > max_bytes:
             raise _too_large(path, size, max_bytes)
         with Path(path).open("rb") as file:
             return file.read(max_bytes)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise _refused(ErrorCode.IMAGE_NOT_FOUND, path, "no such file") from error
     except PermissionError as error:
         raise _refused(ErrorCode.IMAGE_FORBIDDEN, path, "no permission to read it") from error
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model import storage
-from model.errors import ConfigError
+from model.errors import ConfigError, TransientError
 
 Format = Literal["parquet", "jsonl", "jsonl.gz"]
 
@@ -45,7 +45,7 @@ class Fault:
 
 
 class UnreadableLogError(Exception):
-    """The file as a whole cannot be read (further). Turned into dead letters by the caller."""
+    """The file as a whole cannot be read: one dead letter stands for it."""
 
 
 def list_logs(root: str, night: date) -> tuple[list[LogFile], bool]:
@@ -103,7 +103,7 @@ def read_rows(
 ) -> Iterator[tuple[int, dict[str, Any] | Fault]]:
     """Row number and row, from 0 in file order. ``columns`` limits what is read (Parquet) or kept (JSONL).
 
-    Raises ``UnreadableLogError`` at the row where the file stops being readable.
+    Raises ``UnreadableLogError`` when it cannot be opened, or where a compressed stream breaks off.
     """
     if log.format == "parquet":
         yield from _read_parquet(log, columns)
@@ -116,28 +116,43 @@ def _open_parquet(log: LogFile) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True)
     except (pa.ArrowException, OSError) as error:
+        _raise_if_storage(log, error)
         raise UnreadableLogError(_reason(error)) from error
 
 
 def _read_parquet(log: LogFile, columns: set[str] | None) -> Iterator[tuple[int, dict[str, Any] | Fault]]:
     with _open_parquet(log) as file:
         names = None if columns is None else [name for name in file.schema_arrow.names if name in columns]
-        if names == []:  # no column left to read: the count of rows alone
-            yield from ((position, {}) for position in range(file.metadata.num_rows))
-            return
-        position = 0
-        batches = file.iter_batches(batch_size=_ROWS_PER_READ, columns=names)
-        while True:
-            try:
-                batch = next(batches, None)
-                rows = [] if batch is None else batch.to_pylist()
-            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-                raise UnreadableLogError(_reason(error)) from error
-            if batch is None:
-                return
-            for row in rows:
+        first = 0
+        for group in range(file.metadata.num_row_groups):
+            yield from _read_group(file, log, group, first, names)
+            first += file.metadata.row_group(group).num_rows
+
+
+def _read_group(
+    file: pq.ParquetFile, log: LogFile, group: int, first: int, names: list[str] | None
+) -> Iterator[tuple[int, dict[str, Any] | Fault]]:
+    """Rows of one row group; where its pages are damaged, faults for the rows that cannot be had any more."""
+    position, end = first, first + file.metadata.row_group(group).num_rows
+    if names == []:  # no column left to read: the count of rows alone
+        yield from ((number, {}) for number in range(first, end))
+        return
+    try:
+        for batch in file.iter_batches(batch_size=_ROWS_PER_READ, row_groups=[group], columns=names):
+            for row in batch.to_pylist():
                 yield position, row
                 position += 1
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        _raise_if_storage(log, error)
+        reason = f"row group {group} is damaged: {_reason(error)}"
+        yield from ((number, Fault(reason)) for number in range(position, end))
+
+
+def _raise_if_storage(log: LogFile, error: Exception) -> None:
+    # pyarrow has one exception for a damaged page and for a store that is away. The second says so in its
+    # text, and must end the run: those rows are not bad.
+    if "AWS Error" in str(error):
+        raise TransientError(f"reading {log.uri} failed: {_reason(error)}") from error
 
 
 def _read_jsonl(log: LogFile, max_line_bytes: int, columns: set[str] | None) -> Iterator[tuple[int, Any]]:
@@ -153,6 +168,7 @@ def _read_jsonl(log: LogFile, max_line_bytes: int, columns: set[str] | None) -> 
                 yield position, _parse_line(line, columns)
                 position += 1
     except (pa.ArrowException, OSError) as error:
+        _raise_if_storage(log, error)
         raise UnreadableLogError(_reason(error)) from error
 
 

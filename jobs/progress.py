@@ -12,6 +12,7 @@ from typing import Any, Self
 import ray
 
 REPORT_EVERY_S = 5.0
+_CODES_SHOWN = 4
 SCORED = ""  # key of rows without an error in ``Snapshot.codes``
 
 
@@ -111,6 +112,9 @@ class Reporter:
         elapsed = time.monotonic() - self._started
         rate = snapshot.rows / elapsed if elapsed else 0.0
         left = f"{(self._total - done) / rate:.0f} s left" if rate else "waiting for the first rows"
-        errors = ", ".join(f"{code} {n}" for code, n in snapshot.codes.most_common() if code != SCORED)
+        errors = [f"{code} {count}" for code, count in snapshot.codes.most_common() if code != SCORED]
+        shown = ", ".join(errors[:_CODES_SHOWN]) or "none"
+        if len(errors) > _CODES_SHOWN:
+            shown += f" and {len(errors) - _CODES_SHOWN} other codes"
         share = 100 * done / self._total
-        return f"{done}/{self._total} rows ({share:.1f} %), {rate:.1f} rows/s, {left}; errors: {errors or 'none'}"
+        return f"{done}/{self._total} rows ({share:.1f} %), {rate:.1f} rows/s, {left}; errors: {shown}"

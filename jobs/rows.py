@@ -87,14 +87,14 @@ class RowReader:
             _failed(row, ErrorCode.MISSING_IMAGE, "neither image nor image_uri is given")
 
 
-def unreadable_log(log: LogFile, reason: str, position: int = WHOLE_FILE) -> dict[str, Any]:
-    """The dead letter of a file that cannot be read, or of one of its rows when reading stopped half-way."""
-    return _failed(_blank(log, position), ErrorCode.LOG_UNREADABLE, f"cannot read {log.uri}: {reason}")
+def unreadable_log(log: LogFile, reason: str) -> dict[str, Any]:
+    """The dead letter of a file that cannot be read."""
+    return _failed(_blank(log, WHOLE_FILE), ErrorCode.LOG_UNREADABLE, f"cannot read {log.uri}: {reason}")
 
 
-def row_key(log: LogFile, position: int) -> str:
+def row_key(log_uri: str, log_version: str, position: int) -> str:
     """sha256 over input object, its version and row number: never null, unique, the same in every run."""
-    return hashlib.sha256(f"{log.uri}\n{log.version}\n{position}".encode()).hexdigest()
+    return hashlib.sha256(f"{log_uri}\n{log_version}\n{position}".encode()).hexdigest()
 
 
 def parse_id(value: Any) -> str | None:
@@ -205,7 +205,7 @@ def _plain(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, Decimal | timedelta):
         return str(value)
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    return value if value is None or isinstance(value, int | float | str) else str(value)
 
 
 def _shown(value: Any) -> str:
@@ -214,7 +214,7 @@ def _shown(value: Any) -> str:
 
 def _blank(log: LogFile, position: int) -> dict[str, Any]:
     row = dict.fromkeys(ROW_SCHEMA.names)
-    row |= {"row_key": row_key(log, position), "source_file": log.uri}
+    row |= {"row_key": row_key(log.uri, log.version, position), "source_file": log.uri}
     return row | {"source_version": log.version, "source_row": position}
 
 

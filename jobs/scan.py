@@ -1,14 +1,15 @@
 """The first pass over the logs: how many rows each file has in the night, and which ids are repeated.
 
 Reads ids and times only (Parquet) or parses lines without keeping them (JSONL); images are never touched.
-It makes progress, shards and the count of rows exact before any device time is spent. Costs 24 bytes of
-driver memory a row.
+It makes progress, shards and the count of rows exact before any device time is spent, and decides which rows
+belong to the night. Costs 24 bytes of driver memory a row.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Container
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ class ScannedLog:
     end_row: int = 0
     unreadable: str | None = None
     repeated: frozenset[int] = frozenset()
+    scattered: np.ndarray | None = None  # the row numbers themselves, where rows of other nights lie between them
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ def scan_night(config: JobConfig) -> Scan:
         if found.unreadable is not None:
             files.append(ScannedLog(log, rows=1, unreadable=found.unreadable))
         elif len(found.positions):
-            first, last = int(found.positions[0]), int(found.positions[-1])
-            files.append(ScannedLog(log, len(found.positions), first, last + 1, repeated=rows))
+            first, end, count = int(found.positions[0]), int(found.positions[-1]) + 1, len(found.positions)
+            scattered = None if end - first == count else found.positions
+            files.append(ScannedLog(log, count, first, end, repeated=rows, scattered=scattered))
     scan = Scan(tuple(files), is_partitioned)
     if not any(file.unreadable is None for file in files):
         if files:
@@ -180,7 +183,16 @@ class Slice:
     file: ScannedLog
     first_row: int
     end_row: int
-    only_rows: frozenset[int] | None = field(default=None)  # --retry-errors reads these alone
+    only_rows: frozenset[int] | None = None  # --retry-errors reads these alone
+
+    def wanted(self) -> Container[int]:
+        """The row numbers to yield. Decided by the scan alone, so that both passes agree on every row."""
+        if self.only_rows is not None:
+            return self.only_rows
+        numbers = self.file.scattered
+        if numbers is None:
+            return range(self.first_row, self.end_row)
+        return frozenset(numbers[(numbers >= self.first_row) & (numbers < self.end_row)].tolist())
 
 
 def shards(scan: Scan, rows_per_shard: int) -> list[list[Slice]]:

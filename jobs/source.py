@@ -14,7 +14,7 @@ import pyarrow as pa
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from jobs.logs import UnreadableLogError, read_rows
+from jobs.logs import read_rows
 from jobs.rows import ROW_SCHEMA, RowReader, unreadable_log
 from jobs.scan import Slice
 
@@ -70,23 +70,9 @@ def _rows(piece: Slice, reader: RowReader, max_line_bytes: int) -> Iterable[dict
     if file.unreadable is not None:
         yield unreadable_log(file.log, file.unreadable)
         return
-    next_row = piece.first_row
-    try:
-        for position, raw in _slice(piece, reader, read_rows(file.log, max_line_bytes)):
-            yield reader.row(file.log, position, raw, is_repeated=position in file.repeated)
-            next_row = position + 1
-    except UnreadableLogError as error:
-        # The scan could read ids and times where another column is broken: the rest are dead letters, not lost.
-        columns = {reader.columns["generation_id"], reader.columns["created_at"]}
-        for position, _ in _slice(piece, reader, read_rows(file.log, max_line_bytes, columns)):
-            if position >= next_row:
-                yield unreadable_log(file.log, str(error), position)
-
-
-def _slice(piece: Slice, reader: RowReader, rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    for position, raw in rows:
+    wanted = piece.wanted()
+    for position, raw in read_rows(file.log, max_line_bytes):
         if position >= piece.end_row:
             return
-        is_wanted = piece.only_rows is None or position in piece.only_rows
-        if position >= piece.first_row and is_wanted and reader.in_night(raw):
-            yield position, raw
+        if position in wanted:
+            yield reader.row(file.log, position, raw, is_repeated=position in file.repeated)

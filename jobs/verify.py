@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs import manifest as manifests
-from jobs.logs import LogFile
 from jobs.manifest import InputObject, Manifest, PublishedFile
 from jobs.parquet import PUBLISHED_SCHEMA
 from jobs.publish import ContentHash
@@ -127,7 +126,7 @@ class _Rows:
         key, log = row["row_key"], self._logs.get(row["source_file"])
         if log is None:
             raise VerificationError(f"row {key}: {row['source_file']} is no input of this night")
-        if key != row_key(LogFile(log.uri, log.version, 0, "parquet"), row["source_row"]):
+        if key != row_key(log.uri, log.version, row["source_row"]):
             raise VerificationError(f"row {key}: the key is not that of row {row['source_row']} of {log.uri}")
         if key <= self._last_key:
             raise VerificationError(f"row {key}: repeated or out of order")
