@@ -8,6 +8,7 @@ nothing about models, Ray or HTTP.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
@@ -19,6 +20,7 @@ from typing import Generic, TypeVar
 
 from model.errors import AssayError, OverloadedError, TransientError
 
+logger = logging.getLogger("ray.serve")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 T = TypeVar("T")
@@ -123,8 +125,7 @@ class Batcher(Generic[Item, Result]):
         """Fail whatever still waits, and end the worker thread after its pass."""
         if self._loop_task is not None:
             self._loop_task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._loop_task
+            await asyncio.wait([self._loop_task])
         self._worker.shutdown(wait=False)
 
     def _start(self) -> None:
@@ -174,7 +175,7 @@ class Batcher(Generic[Item, Result]):
         except asyncio.CancelledError:
             self._fail(entries, TransientError("this replica is shutting down"))
             raise
-        except BaseException as error:  # noqa: BLE001 - not swallowed: every caller of this pass gets it
+        except Exception as error:  # noqa: BLE001 - not swallowed: every caller of this pass gets it
             self._fail(entries, error)
             if not isinstance(error, RECOVERABLE):
                 await self._verify_after(error)
@@ -207,8 +208,9 @@ class Batcher(Generic[Item, Result]):
         """An unknown failure may have left the model or its device in any state: go on only if it proves sound."""
         try:
             await self.run_alone(self._verify)
-        except BaseException:  # whatever it is, it ends the batcher
+        except Exception:
             self._failure = error
+            logger.exception("the scorer is not sound after %s; this replica scores no more", type(error).__name__)
             raise
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
@@ -220,12 +222,17 @@ class Batcher(Generic[Item, Result]):
 
 
 def _guard(function: Callable[[], T]) -> Callable[[], T]:
-    """No future can carry StopIteration: its waiter would wait for ever."""
+    """Turns what no future can carry into a RuntimeError.
+
+    A waiter for StopIteration would wait for ever, and SystemExit would end the event loop.
+    """
 
     def guarded() -> T:
         try:
             return function()
-        except StopIteration as error:
-            raise RuntimeError("StopIteration left a forward pass") from error
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, StopIteration):
+                raise
+            raise RuntimeError(f"{type(error).__name__} left a forward pass") from error
 
     return guarded
