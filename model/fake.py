@@ -19,7 +19,7 @@ from model.schema import Generation, RowError, ScoreRecord
 from model.scorer import Prepared, RawOutput, ScorerIdentity, to_records
 
 _NAME = "fake"
-_REWARD_RANGE = 6.0  # rewards lie in [-3, 3), as those of the real model mostly do
+_REWARD_RANGE = 4.0  # rewards lie in [-2, 2); a power of two keeps them exact in float32
 
 
 class FakeScorer:
@@ -53,7 +53,7 @@ class FakeScorer:
         return Prepared(generation.generation_id, {"digest": np.frombuffer(digest, dtype=np.uint8)}, facts)
 
     def forward(self, batch: Sequence[Prepared], perspectives: Sequence[Perspective] | None = None) -> list[RawOutput]:
-        """Rewards in [-3, 3) from each digest."""
+        """Rewards in [-2, 2) from each digest."""
         wanted = self.perspectives if perspectives is None else tuple(perspectives)
         if not set(wanted) <= set(self.perspectives):
             raise ConfigError(
@@ -92,6 +92,6 @@ def _rewards(item: Prepared, wanted: Sequence[Perspective]) -> dict[Perspective,
     rewards: dict[Perspective, tuple[float, ...]] = {}
     for perspective in wanted:
         digest = hashlib.sha256(item.arrays["digest"].tobytes() + perspective.encode()).digest()
-        fraction = int.from_bytes(digest[:3], "big") / 2**24  # 24 bits: exact in float32
+        fraction = int.from_bytes(digest[:3], "big") / 2**24
         rewards[perspective] = (_REWARD_RANGE * (fraction - 0.5),)
     return rewards

@@ -133,7 +133,7 @@ def resolve(name_or_path: str | Path) -> Path:
     shipped = sorted(p.name for p in SHIPPED.iterdir() if p.is_dir()) if SHIPPED.is_dir() else []
     if str(name_or_path) in shipped:
         return SHIPPED / folder
-    if folder.is_dir():
+    if str(name_or_path) and folder.is_dir():  # an empty name would be the current folder
         return folder.resolve()
     raise ConfigError(
         f"checkpoint {str(name_or_path)!r} is neither a folder nor one of {shipped}; "
@@ -160,9 +160,9 @@ def system_of(name_or_path: str | Path) -> str:
         raise ConfigError(f"cannot read {path}: {error.strerror}; a checkpoint folder must hold it") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a JSON object with the key 'system': {error}") from error
-    if system not in _SYSTEMS:
+    if not isinstance(system, str) or system not in _SYSTEMS:
         raise ConfigError(f"{path}: system={system!r} is unknown, expected one of {sorted(_SYSTEMS)}")
-    return str(system)
+    return system
 
 
 def _system(folder: Path, module: str) -> ModuleType:
