@@ -56,7 +56,7 @@ def _demo(work_dir: Path, rows: int) -> int:
     published = (work_dir / "published").absolute()
     with LocalStack(work_dir, say=say) as stack, _environment(stack.env):
         say(f"[{time.monotonic() - started:4.0f} s] Ray, S3 and Serve are up; drawing {rows} generations")
-        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        boto3.Session().client("s3").create_bucket(Bucket=BUCKET)
         night = write_demo_night(f"s3://{BUCKET}/logs", f"s3://{BUCKET}/images", NIGHT, rows)
         hard = len(night.hard_rows)
         say(f"[{time.monotonic() - started:4.0f} s] {night.row_count} rows in s3://{BUCKET}/logs, {hard} of them hard")

@@ -25,6 +25,7 @@ from jobs.backends import ScoringPlan
 from jobs.config import JobConfig
 from jobs.fetch import check_image_root
 from jobs.lock import NightLock
+from jobs.logs import list_logs
 from jobs.manifest import InputObject, Manifest
 from jobs.pipeline import check_resources, run_shard
 from jobs.progress import OutageRule, Progress, Reporter, Snapshot, SystemicFailureError
@@ -69,14 +70,16 @@ class _Work:
     base: Manifest | None = None
 
 
-def run_night(config: JobConfig, say: Say) -> Manifest:
+def run_night(config: JobConfig, connect: Callable[[], None], say: Say) -> Manifest:
     """Scores, retries or re-judges one night, whichever is left to do, and returns it as published.
 
+    ``connect`` joins the cluster; it is called once all that can be checked without one is known to be right.
     Raises ``ConfigError`` before any work, ``SystemicFailureError`` for an outage, ``InfrastructureError``.
     """
     identity, policy = check_configuration(config)
-    # Looked at before the lock is taken, so that a wrong --output is reported as such.
+    list_logs(config.input, config.date)
     manifests.latest(config.output, config.date)
+    connect()
     run_id = new_run_id()
     with NightLock(config.output, config.date, run_id, say, on_lost=_thread.interrupt_main) as lock:
         run = _Run(config, identity, policy, run_id, lock, say)

@@ -29,8 +29,7 @@ def main(argv: list[str]) -> int:
     """Runs one night and returns the exit code. Errors of the closed list are one line; others propagate."""
     try:
         config = parse_arguments(argv)
-        connect()
-        manifest = run_night(config, say)
+        manifest = run_night(config, connect, say)
     except ConfigError as error:
         return _fail(EXIT_CONFIG, str(error))
     except (InfrastructureError, SystemicFailureError, TransientError) as error:

@@ -154,15 +154,17 @@ class ScoreBatch:
         row["code_version"] = self._facts.code_version
         row["run_id"] = self._facts.run_id
         row["scored_at"] = datetime.now(UTC)
-        self._hide(row)
+        hide(row, self._facts, self._hash_key)
         return row
 
-    def _hide(self, row: dict[str, Any]) -> None:
-        for name in self._facts.drop_columns:
-            row[name] = None
-        for name in self._facts.hash_columns:
-            if row[name] is not None:
-                row[name] = hmac.new(self._hash_key, row[name].encode(), hashlib.sha256).hexdigest()
+
+def hide(row: dict[str, Any], facts: RunFacts, key: bytes) -> None:
+    """Empties or hashes the columns that must stay out of the output; equal values have equal hashes under one key."""
+    for name in facts.drop_columns:
+        row[name] = None
+    for name in facts.hash_columns:
+        if row[name] is not None:
+            row[name] = hmac.new(key, row[name].encode(), hashlib.sha256).hexdigest()
 
 
 def set_error(row: dict[str, Any], error: InputError | RowError) -> None:

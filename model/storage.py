@@ -231,7 +231,9 @@ def _boto3_client(environment: _Environment, attempts: int) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    return boto3.client("s3", endpoint_url=environment.endpoint, region_name=environment.region, config=config)
+    # A session of its own: boto3's default one keeps the credentials that it first found.
+    session = boto3.Session(region_name=environment.region)
+    return session.client("s3", endpoint_url=environment.endpoint, config=config)
 
 
 @lru_cache(maxsize=4)
