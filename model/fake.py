@@ -12,9 +12,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from model.errors import ConfigError, ErrorCode, InputError, Stage
+from model.errors import ConfigError, InputError
 from model.images import decode_image, image_facts
 from model.perspectives import PERSPECTIVES, Perspective
+from model.prompts import encode_prompt
 from model.schema import Generation, RowError, ScoreRecord
 from model.scorer import Prepared, RawOutput, ScorerIdentity, to_records
 
@@ -44,7 +45,7 @@ class FakeScorer:
 
     def _prepare(self, generation: Generation) -> Prepared:
         try:
-            prompt = _encode(generation.prompt)
+            prompt = encode_prompt(generation.prompt)
             _, facts = decode_image(generation.image)
         except InputError as error:
             row_error = RowError(error.code, error.stage, error.message)
@@ -78,14 +79,6 @@ class FakeScorer:
 
     def check_golden(self) -> None:
         """There are no weights that could be wrong."""
-
-
-def _encode(prompt: str) -> bytes:
-    try:
-        return prompt.encode("utf-8")
-    except UnicodeEncodeError as error:
-        message = f"the prompt holds half of a surrogate pair at character {error.start}; write it as UTF-8 again"
-        raise InputError(ErrorCode.BAD_PROMPT, Stage.PREPROCESS, message) from error
 
 
 def _rewards(item: Prepared, wanted: Sequence[Perspective]) -> dict[Perspective, tuple[float, ...]]:

@@ -26,6 +26,7 @@ from model.images import decode_image, image_facts
 from model.llava_reward.bundle import Bundle, read_bundle
 from model.llava_reward.bundle import read_identity as hash_identity
 from model.llava_reward.config import ClipConfig, read_clip_config, read_json
+from model.prompts import encode_prompt
 from model.schema import Generation, RowError
 from model.scorer import Prepared, ScorerIdentity
 
@@ -210,11 +211,7 @@ class LlavaRewardPreprocessor:
         return Prepared(generation.generation_id, {"pixels": np.array(picture), "input_ids": ids}, facts)
 
     def _encode(self, prompt: str) -> list[int]:
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError as error:
-            message = f"the prompt holds half of a surrogate pair at character {error.start}; write it as UTF-8 again"
-            raise InputError(ErrorCode.BAD_PROMPT, Stage.PREPROCESS, message) from error
+        encode_prompt(prompt)
         least = len(prompt) // self.tokenizer.max_token_chars
         if least > self.max_prompt_tokens:  # certain without the cost of encoding it
             raise self._too_long(len(prompt), f"at least {least}")
