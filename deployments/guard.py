@@ -10,20 +10,11 @@ import logging
 from email.message import Message as EmailMessage
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.problems import Problem, RequestCode, internal_error
 
 logger = logging.getLogger("ray.serve")
-
-
-class _RefusedBodyError(HTTPException):
-    """Raised while the body is read. An HTTPException, because FastAPI turns anything else there into a 400."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem.status)
-        self.problem = problem
 
 
 class Guard:
@@ -49,8 +40,6 @@ class Guard:
         try:
             self._check_head(scope)
             await self._app(scope, self._bounded(receive), send_and_note)
-        except _RefusedBodyError as error:
-            problem = error.problem
         except Problem as error:
             problem = error
         except Exception:
@@ -63,8 +52,6 @@ class Guard:
         else:
             return
         if not is_started:
-            # What is left of the body is not read: the connection cannot carry another request.
-            problem.headers.setdefault("Connection", "close")
             await problem.response()(scope, receive, send)
 
     def _check_head(self, scope: Scope) -> None:
@@ -77,7 +64,7 @@ class Guard:
         content_type = EmailMessage()
         content_type["content-type"] = headers.get("content-type", "")
         if content_type.get_content_type() != "application/json":
-            raise Problem(415, RequestCode.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json")
+            raise self._refusal(415, RequestCode.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json")
 
     def _bounded(self, receive: Receive) -> Receive:
         received = 0
@@ -96,14 +83,20 @@ class Guard:
                     message = await receive()
             except TimeoutError:
                 detail = f"the body did not arrive within {self._body_timeout_s:g} s"
-                raise _RefusedBodyError(Problem(408, RequestCode.BODY_TIMEOUT, detail)) from None
+                raise self._refusal(408, RequestCode.BODY_TIMEOUT, detail) from None
             received += len(message.get("body", b""))
             if received > self._max_body_bytes:
-                raise _RefusedBodyError(self._too_large())
+                raise self._too_large()
             is_complete = not message.get("more_body", False)
             return message
 
         return bounded
 
     def _too_large(self) -> Problem:
-        return Problem(413, RequestCode.BODY_TOO_LARGE, f"the body is larger than {self._max_body_bytes} bytes")
+        detail = f"the body is larger than {self._max_body_bytes} bytes"
+        return self._refusal(413, RequestCode.BODY_TOO_LARGE, detail)
+
+    @staticmethod
+    def _refusal(status: int, code: RequestCode, detail: str) -> Problem:
+        """What is left of the body is not read, so the connection cannot carry another request."""
+        return Problem(status, code, detail, headers={"Connection": "close"})

@@ -106,7 +106,7 @@ def create_app(replica: ReplicaHandle, policy: Policy, limits: IngressArgs) -> A
     """The endpoint as an ASGI application."""
     # No interactive pages: they load scripts from elsewhere. The OpenAPI document is at /openapi.json.
     app = FastAPI(title="Assay", docs_url=None, redoc_url=None)
-    for kind in (Problem, InputError, HTTPException, RequestValidationError, *STATUS_OF_ERROR, Exception):
+    for kind in (InputError, HTTPException, RequestValidationError, *STATUS_OF_ERROR, Exception):
         app.add_exception_handler(kind, _answer)
 
     @app.get("/healthz")
@@ -237,4 +237,4 @@ def _validation_problem(error: RequestValidationError) -> Problem:
     if any(one["type"] == "json_invalid" for one in found):
         return Problem(400, RequestCode.INVALID_JSON, "the body is not valid JSON")
     errors = [{"place": ".".join(map(str, one["loc"])), "message": one["msg"]} for one in found[:20]]
-    return Problem(422, RequestCode.INVALID_REQUEST, f"{errors[0]['place']}: {errors[0]['message']}", errors)
+    return Problem(422, RequestCode.INVALID_REQUEST, f"{errors[0]['place']}: {errors[0]['message']}", errors=errors)

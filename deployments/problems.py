@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 
@@ -27,27 +28,36 @@ class RequestCode(StrEnum):
     INTERNAL_ERROR = "internal_error"
 
 
-@dataclass
-class Problem(Exception):
-    """An answer that is an error. ``errors``: places in the request and what is wrong there."""
+class Problem(HTTPException):
+    """An answer that is an error. ``errors``: places in the request and what is wrong there.
 
-    status: int
-    code: str
-    detail: str
-    errors: list[dict[str, str]] = field(default_factory=list)
-    headers: dict[str, str] = field(default_factory=dict)
+    An HTTPException, because FastAPI turns anything else that is raised while it reads a body into a 400.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        detail: str,
+        *,
+        errors: Sequence[Mapping[str, str]] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, detail, dict(headers or {}))
+        self.code = code
+        self.errors = list(errors)
 
     def response(self) -> JSONResponse:
         content: dict[str, object] = {
             "type": f"urn:assay:problem:{self.code}",
             "title": self.code.replace("_", " "),
-            "status": self.status,
+            "status": self.status_code,
             "code": self.code,
             "detail": self.detail,
         }
         if self.errors:
             content["errors"] = self.errors
-        return JSONResponse(content, self.status, self.headers, media_type="application/problem+json")
+        return JSONResponse(content, self.status_code, self.headers, media_type="application/problem+json")
 
 
 def internal_error() -> Problem:
