@@ -71,6 +71,7 @@ class Replica:
             # A checkpoint without golden inputs is ready once it has loaded; say so.
             "has_golden": (resolve(checkpoint) / GOLDEN_FILE).exists(),
         }
+        self._items_scored = dict.fromkeys(Priority, 0)
         self._preprocess_pool = ThreadPoolExecutor(settings.replica.preprocess_threads, "preprocess")
         self._batcher: Batcher[Prepared, RawOutput] = Batcher(
             self._forward,
@@ -83,6 +84,10 @@ class Replica:
     async def identity(self) -> dict[str, Any]:
         """What decides this replica's rewards: name, checkpoints, hashes, dtype, licence, code version."""
         return self._identity
+
+    async def counts(self) -> dict[str, int]:
+        """Items that went through the device since this replica started, by class; repeated ones count again."""
+        return {priority.name.lower(): count for priority, count in self._items_scored.items()}
 
     async def readiness(self) -> dict[str, Any]:
         """The identity, if the last golden check was right. Raises TransientError if not."""
@@ -147,6 +152,7 @@ class Replica:
         # Only what can be scored takes a place in a pass.
         good = [item for item in prepared if item.error is None]
         scored = iter(await self._batcher.submit(good, key=wanted, priority=priority))
+        self._items_scored[priority] += len(good)
         outputs = [
             next(scored) if item.error is None else RawOutput(item.generation_id, image=item.image, error=item.error)
             for item in prepared

@@ -80,8 +80,12 @@ def any_s3(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
-    """S3, Ray and the Serve application, with the shipped checkpoint. Use it with the marker ``cluster``."""
-    with LocalStack(tmp_path_factory.mktemp("stack")) as stack:
+    """S3, Ray and the Serve application, with the shipped checkpoint. Use it with the marker ``cluster``.
+
+    One replica, always: tests count what it scored, and two cores have no use for a second.
+    """
+    replica = {"num_cpus": 1, "num_gpus": 0, "min_replicas": 1, "max_replicas": 1}
+    with LocalStack(tmp_path_factory.mktemp("stack"), serve_args={"replica": replica}) as stack:
         yield stack
 
 
