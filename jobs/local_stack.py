@@ -6,8 +6,6 @@ and stops them again in the right order, whatever happens in between. Nothing he
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
 import subprocess
 import sys
@@ -15,7 +13,6 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,8 +25,6 @@ from jobs.local_processes import (
     ProcessId,
     ProcessRecord,
     SignalGate,
-    base_environment,
-    free_port,
     is_alive,
     is_port_free,
     spawn,
@@ -37,9 +32,9 @@ from jobs.local_processes import (
     tail,
     with_descendants,
 )
+from jobs.local_servers import PROJECT_ROOT, Ports, ray_command, s3_command, script, server_environment, write_token
 from model.errors import ConfigError, InfrastructureError
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
 APPLICATION = "assay"
 # Ray drains for up to 30 s after SIGTERM and then ends its own processes: that long, and some more.
 RAY_STOP_WAIT_S = 45.0
@@ -55,21 +50,6 @@ _PORT_ATTEMPTS = 3
 
 def say_on_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-@dataclass(frozen=True)
-class Ports:
-    """A free port for each thing that lets us choose. Ray's own listen on all interfaces: the token guards them."""
-
-    s3: int = field(default_factory=free_port)
-    gcs: int = field(default_factory=free_port)
-    dashboard: int = field(default_factory=free_port)
-    agent_http: int = field(default_factory=free_port)
-    agent_grpc: int = field(default_factory=free_port)
-    runtime_env_agent: int = field(default_factory=free_port)
-    metrics: int = field(default_factory=free_port)
-    client: int = field(default_factory=free_port)
-    serve: int = field(default_factory=free_port)
 
 
 class _PortTakenError(InfrastructureError):
@@ -146,7 +126,7 @@ class LocalStack:
         """
         submission_id = submission_id or f"assay-{uuid.uuid4().hex[:12]}"
         argv = [
-            *_script("ray"),
+            *script("ray"),
             "job",
             "submit",
             "--submission-id",
@@ -159,6 +139,12 @@ class LocalStack:
         self._run(argv, on_line)
         code = Dashboard(self.dashboard_url, self.token_path).job(submission_id).get("driver_exit_code")
         return EXIT_INFRASTRUCTURE if code is None else int(code)
+
+    @property
+    def ray_log_dir(self) -> Path:
+        """Where Ray and Serve log while the stack runs."""
+        [logs] = self._temp_dir().glob("ray*/session_2*/logs")
+        return logs
 
     # ---- start ----
 
@@ -174,7 +160,7 @@ class LocalStack:
             # Unix socket paths may have 107 bytes, and Ray adds about 65 of its own to this.
             temp_dir = Path(tempfile.mkdtemp(prefix="assay-", dir="/tmp"))
             self._record = ProcessRecord.new(record_path, temp_dir)
-        _write_token(self.token_path)
+        write_token(self.token_path)
         for attempt in range(1, _PORT_ATTEMPTS + 1):
             try:
                 self._start_servers(Ports(), temp_dir / f"ray{attempt}")
@@ -204,16 +190,16 @@ class LocalStack:
 
     def _start_servers(self, ports: Ports, ray_dir: Path) -> None:
         self.s3_endpoint = f"http://127.0.0.1:{ports.s3}"
-        server_env = _server_environment(self.s3_endpoint, self.token_path)
+        server_env = server_environment(self.s3_endpoint, self.token_path)
         self._say(f"starting an S3 server on {self.s3_endpoint}")
-        self._spawn("s3", [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(ports.s3)], server_env)
+        self._spawn("s3", s3_command(ports), server_env)
         self.env = server_env
         if self._with_ray:
             self.ray_address = f"127.0.0.1:{ports.gcs}"
             self.dashboard_url = f"http://127.0.0.1:{ports.dashboard}"
             self.serve_url = f"http://127.0.0.1:{self._serve_port or ports.serve}"
             self._say(f"starting Ray, dashboard on {self.dashboard_url}, token in {self.token_path}")
-            self._spawn("ray", _ray_command(ports, ray_dir, self._num_cpus), server_env)
+            self._spawn("ray", ray_command(ports, ray_dir, self._num_cpus), server_env)
             self.env = {**server_env, **self._addresses()}
         self._wait_until("s3", lambda: http_status(f"{self.s3_endpoint}/moto-api/") is not None)
         if self._with_ray:
@@ -227,6 +213,10 @@ class LocalStack:
             "RAY_API_SERVER_ADDRESS": self.dashboard_url,
             "RAY_DASHBOARD_ADDRESS": self.dashboard_url,
         }
+
+    def _temp_dir(self) -> Path:
+        assert self._record is not None
+        return Path(self._record.temp_dir)
 
     def _spawn(self, name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
         assert self._record is not None
@@ -271,7 +261,7 @@ class LocalStack:
         rendered.write_text(yaml.safe_dump(config, sort_keys=False))
         self._say(f"deploying the Serve application on {self.serve_url}")
         output: list[str] = []
-        if self._run([*_script("serve"), "deploy", str(rendered)], output.append) != 0:
+        if self._run([*script("serve"), "deploy", str(rendered)], output.append) != 0:
             raise InfrastructureError("serve deploy failed:\n" + "\n".join(output[-15:]))
         self._wait_until_ready()
         self._remember_descendants()
@@ -306,12 +296,13 @@ class LocalStack:
             errors="replace",
             start_new_session=True,
         )
+        assert process.stdout is not None
         try:
-            assert process.stdout is not None
             for line in process.stdout:
                 on_line(line.rstrip("\n"))
             return process.wait()
         finally:
+            process.stdout.close()
             if process.poll() is None:
                 process.kill()
                 process.wait()
@@ -327,8 +318,8 @@ class LocalStack:
                     self._shut_down_serve()
                 self._stop_servers()
                 if keep_logs:
-                    self._keep_ray_logs(Path(self._record.temp_dir))
-                shutil.rmtree(self._record.temp_dir, ignore_errors=True)
+                    self._keep_ray_logs()
+                shutil.rmtree(self._temp_dir(), ignore_errors=True)
                 self._record.path.unlink()
                 self._record = None
         self._signals.restore()
@@ -353,75 +344,10 @@ class LocalStack:
             stop(recorded, roots=[one for one in recorded if one.pid == process.pid] or recorded, wait_s=wait_s)
             process.wait()
 
-    def _keep_ray_logs(self, temp_dir: Path) -> None:
-        for logs in temp_dir.glob("ray*/session_2*/logs"):
+    def _keep_ray_logs(self) -> None:
+        for logs in self._temp_dir().glob("ray*/session_2*/logs"):
             shutil.copytree(logs, self.work_dir / "logs" / "ray", dirs_exist_ok=True)
             self._say(f"Ray's logs are kept in {self.work_dir / 'logs' / 'ray'}")
-
-
-def _script(name: str) -> list[str]:
-    """A console script of this very environment, whatever PATH says."""
-    return [sys.executable, str(Path(sys.executable).parent / name)]
-
-
-def _write_token(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_hex(32))
-
-
-def _server_environment(s3_endpoint: str, token_path: Path) -> dict[str, str]:
-    """What Ray, its workers and all our children see.
-
-    The user's own AWS and Ray settings are left out: the demonstration must neither use real keys nor join
-    somebody's cluster.
-    """
-    env = base_environment(drop_prefixes=("AWS_", "RAY_"))
-    no_proxy = ",".join(filter(None, [env.get("NO_PROXY") or env.get("no_proxy"), "127.0.0.1,localhost"]))
-    return env | {
-        # The entry point "python jobs/score_logs.py" must find this environment's python.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', os.defpath)}",
-        "PYTHONPATH": str(PROJECT_ROOT),
-        "OMP_NUM_THREADS": "1",
-        "NO_PROXY": no_proxy,
-        "no_proxy": no_proxy,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token_path),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "AWS_ENDPOINT_URL": s3_endpoint,
-        "AWS_ACCESS_KEY_ID": "local",
-        "AWS_SECRET_ACCESS_KEY": "local-only",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-    }
-
-
-def _ray_command(ports: Ports, ray_dir: Path, num_cpus: int) -> list[str]:
-    return [
-        *_script("ray"),
-        "start",
-        "--head",
-        "--block",
-        f"--num-cpus={num_cpus}",
-        "--node-ip-address=127.0.0.1",
-        f"--port={ports.gcs}",
-        "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={ports.dashboard}",
-        f"--dashboard-agent-listen-port={ports.agent_http}",
-        f"--dashboard-agent-grpc-port={ports.agent_grpc}",
-        f"--runtime-env-agent-port={ports.runtime_env_agent}",
-        f"--metrics-export-port={ports.metrics}",
-        "--min-worker-port=0",
-        "--max-worker-port=0",  # any: two clusters on one machine then never argue about a range
-        f"--ray-client-server-port={ports.client}",
-        f"--temp-dir={ray_dir}",
-        f"--object-store-memory={1 << 30}",
-        "--disable-usage-stats",
-    ]
 
 
 def _describe(application: Mapping[str, Any]) -> str:
