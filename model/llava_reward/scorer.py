@@ -23,21 +23,25 @@ from model.perspectives import Perspective
 from model.schema import Generation, RowError, ScoreRecord
 from model.scorer import Prepared, RawOutput, to_records
 
-# Tokens of one pass, padding included. At hidden size 3072 in bfloat16 one token takes about 0.2 MB of
-# activations and image features, so a pass stays under 4 GB; below some thousand tokens a GPU would idle.
-MAX_BATCH_TOKENS = 16384
+# Tokens of one pass, padding included. On a CPU a pass should fit its caches: 2048 to 4096 were fastest, 16384 took
+# a fifth longer (tests/benchmarks/README.md).
+MAX_BATCH_TOKENS_CPU = 4096
+# Estimated, not measured: at hidden size 3072 in bfloat16 one token takes about 0.2 MB of activations and image
+# features, so a pass stays under 4 GB; below some thousand tokens a GPU would idle.
+MAX_BATCH_TOKENS_GPU = 16384
 
 
 class LlavaRewardScorer:
     """Scores generations from the perspectives of one bundle. One thread at a time may call ``forward``."""
 
     def __init__(
-        self, folder: Path, *, device: str = "cpu", dtype: str = "float32", max_batch_tokens: int = MAX_BATCH_TOKENS
+        self, folder: Path, *, device: str = "cpu", dtype: str = "float32", max_batch_tokens: int | None = None
     ) -> None:
         bundle = read_bundle(folder)
         self._folder = folder
         self._device = _device(device)
-        self._max_batch_tokens = max_batch_tokens
+        default = MAX_BATCH_TOKENS_CPU if self._device.type == "cpu" else MAX_BATCH_TOKENS_GPU
+        self._max_batch_tokens = max_batch_tokens or default
         self._preprocessor = LlavaRewardPreprocessor(bundle)
         self._crop_size = self._preprocessor.crop_size
         self._network = load_network(bundle.backbone, bundle.adapters, device=self._device, dtype=getattr(torch, dtype))
