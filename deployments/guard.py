@@ -12,7 +12,7 @@ from email.message import Message as EmailMessage
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.problems import Problem, RequestCode, internal_error
+from deployments.problems import Problem, RequestCode
 
 logger = logging.getLogger("ray.serve")
 
@@ -29,30 +29,20 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_started = is_ended = False
+        is_started = False
 
         async def send_and_note(message: Message) -> None:
-            nonlocal is_started, is_ended
+            nonlocal is_started
             is_started = True
-            is_ended = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
         try:
             self._check_head(scope)
             await self._app(scope, self._bounded(receive), send_and_note)
-        except Problem as error:
-            problem = error
-        except Exception:
-            # Starlette answers 500 and then raises, so that a server can log. The traceback holds no prompt and
-            # no image: they are never part of a message.
-            logger.exception("request to %s failed", scope["path"])
-            if is_started and not is_ended:
+        except Exception as error:
+            if is_started:
                 raise  # half an answer is out: only breaking the connection tells the client
-            problem = internal_error()
-        else:
-            return
-        if not is_started:
-            await problem.response()(scope, receive, send)
+            await _to_problem(error, scope).response()(scope, receive, send)
 
     def _check_head(self, scope: Scope) -> None:
         if scope["method"] not in ("POST", "PUT", "PATCH"):
@@ -100,3 +90,12 @@ class Guard:
     def _refusal(status: int, code: RequestCode, detail: str) -> Problem:
         """What is left of the body is not read, so the connection cannot carry another request."""
         return Problem(status, code, detail, headers={"Connection": "close"})
+
+
+def _to_problem(error: Exception, scope: Scope) -> Problem:
+    if isinstance(error, Problem):
+        return error
+    # Unknown, so a fault of ours. What it was stands in the log, with its traceback; prompts and images are in no
+    # message and so not in it.
+    logger.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
+    return Problem(500, RequestCode.INTERNAL_ERROR, "this server failed; its log says why")

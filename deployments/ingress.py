@@ -18,12 +18,11 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import ASGIApp
 
 from deployments.config import IngressArgs, ServeArgs
 from deployments.guard import Guard
 from deployments.paths import in_project
-from deployments.problems import Problem, RequestCode, internal_error
+from deployments.problems import Problem, RequestCode
 from deployments.replica import Item, ScoreReply
 from deployments.wire import (
     ItemError,
@@ -97,16 +96,17 @@ class Ingress:
         self._policy = load_policy(in_project(self._settings.policy))
         self._replica = RemoteReplica(replica)
 
-    def __serve_build_asgi_app__(self) -> ASGIApp:
+    def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by ``serve.ingress`` in the replica, once the constructor is through."""
         return create_app(self._replica, self._policy, self._settings.ingress)
 
 
-def create_app(replica: ReplicaHandle, policy: Policy, limits: IngressArgs) -> ASGIApp:
-    """The endpoint as an ASGI application."""
+def create_app(replica: ReplicaHandle, policy: Policy, limits: IngressArgs) -> FastAPI:
+    """The endpoint. A plain FastAPI, so that Serve's logs and metrics know its routes."""
     # No interactive pages: they load scripts from elsewhere. The OpenAPI document is at /openapi.json.
     app = FastAPI(title="Assay", docs_url=None, redoc_url=None)
-    for kind in (InputError, HTTPException, RequestValidationError, *STATUS_OF_ERROR, Exception):
+    app.add_middleware(Guard, max_body_bytes=limits.max_body_bytes, body_timeout_s=limits.body_timeout_s)
+    for kind in (InputError, HTTPException, RequestValidationError, *STATUS_OF_ERROR):
         app.add_exception_handler(kind, _answer)
 
     @app.get("/healthz")
@@ -140,7 +140,7 @@ def create_app(replica: ReplicaHandle, policy: Policy, limits: IngressArgs) -> A
             raise Problem(422, RequestCode.TOO_MANY_ITEMS, detail)
         return await _within(limits.request_timeout_s, score_items(request, replica, policy, limits))
 
-    return Guard(app, max_body_bytes=limits.max_body_bytes, body_timeout_s=limits.body_timeout_s)
+    return app
 
 
 async def score_items(
@@ -206,7 +206,7 @@ def _item_problem(error: ItemError) -> Problem:
 
 
 async def _answer(request: Request, error: Exception) -> Response:
-    """The exception handler of everything; what nobody listed goes on to deployments/guard.py, which logs it."""
+    """The exception handler of everything that is listed; the rest goes on to deployments/guard.py."""
     return _to_problem(error).response()
 
 
@@ -222,10 +222,7 @@ def _to_problem(error: Exception) -> Problem:
             error.status_code, RequestCode.INVALID_REQUEST
         )
         return Problem(error.status_code, code, str(error.detail), headers=dict(error.headers or {}))
-    listed = [row for kind, row in STATUS_OF_ERROR.items() if isinstance(error, kind)]
-    if not listed:
-        return internal_error()
-    status, code = listed[0]
+    status, code = next(row for kind, row in STATUS_OF_ERROR.items() if isinstance(error, kind))
     detail = "too many requests are waiting" if status == 429 else f"not available now: {type(error).__name__}"
     retry_after_s = getattr(error, "retry_after_s", None) or RETRY_AFTER_S[status]
     return Problem(status, code, detail, headers={"Retry-After": str(math.ceil(retry_after_s))})

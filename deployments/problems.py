@@ -58,8 +58,3 @@ class Problem(HTTPException):
         if self.errors:
             content["errors"] = self.errors
         return JSONResponse(content, self.status_code, self.headers, media_type="application/problem+json")
-
-
-def internal_error() -> Problem:
-    """The answer to a failure of ours. What it was stands in the log, not here."""
-    return Problem(500, RequestCode.INTERNAL_ERROR, "this server failed; its log says why")
