@@ -121,13 +121,6 @@ class Batcher(Generic[Item, Result]):
         """Items that wait; those of the running pass are not among them."""
         return len(self._queues[priority])
 
-    async def close(self) -> None:
-        """Fail whatever still waits, and end the worker thread after its pass."""
-        if self._loop_task is not None:
-            self._loop_task.cancel()
-            await asyncio.wait([self._loop_task])
-        self._worker.shutdown(wait=False)
-
     def _start(self) -> None:
         if self._loop_task is None:
             self._loop_task = asyncio.get_running_loop().create_task(self._run())

@@ -35,7 +35,7 @@ from deployments.wire import (
     to_response,
     to_result,
 )
-from model.errors import ErrorCode, InputError, OverloadedError, TransientError
+from model.errors import ConfigError, ErrorCode, InputError, OverloadedError, TransientError
 from model.perspectives import Perspective
 from model.policy import Policy, check_applies
 from model.policy_file import load_policy
@@ -53,6 +53,8 @@ STATUS_OF_ERROR: dict[type[Exception], tuple[int, RequestCode]] = {
     DeploymentUnavailableError: (503, RequestCode.UNAVAILABLE),
     ReplicaUnavailableError: (503, RequestCode.UNAVAILABLE),
 }
+# What keeps /readyz at 503. ConfigError: during an update, a policy that does not fit the checkpoint.
+NOT_READY: tuple[type[Exception], ...] = (ConfigError, *STATUS_OF_ERROR)
 # The status of a request whose only item has this code; every other code of an item is 422 (InputError).
 STATUS_OF_ITEM: dict[str, int] = {
     ErrorCode.IMAGE_TOO_MANY_BYTES: 413,
@@ -119,11 +121,10 @@ def create_app(replica: ReplicaHandle, policy: Policy, limits: IngressArgs) -> F
         """200 only when a replica holds its checkpoint and its last golden check was right."""
         try:
             identity = await _within(limits.ready_timeout_s, replica.readiness())
-        except tuple(STATUS_OF_ERROR) as error:
-            raise Problem(
-                503, RequestCode.NOT_READY, f"no replica is ready: {type(error).__name__}: {error}"
-            ) from error
-        check_policy(policy, identity)
+            check_policy(policy, identity)
+        except NOT_READY as error:
+            detail = f"no replica is ready: {type(error).__name__}: {error}"
+            raise Problem(503, RequestCode.NOT_READY, detail) from error
         return {
             "status": "ready",
             "golden": "passed" if identity["has_golden"] else "absent",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -54,6 +55,22 @@ class Dashboard:
         except (OSError, http.client.HTTPException):
             return None
         return json.loads(body) if status == 200 and body else None
+
+
+def describe(application: Mapping[str, Any]) -> str:
+    """An application's state in one line, such as ``DEPLOYING (Replica 0/1, Ingress 1/1)``."""
+    parts = []
+    for name, deployment in application.get("deployments", {}).items():
+        states = [replica.get("state") for replica in deployment.get("replicas", [])]
+        parts.append(f"{name} {states.count('RUNNING')}/{max(len(states), 1)}")
+    return f"{application.get('status', 'waiting for Serve')}" + (f" ({', '.join(parts)})" if parts else "")
+
+
+def failure(application: Mapping[str, Any]) -> str:
+    """What Serve says went wrong. Of a traceback the last line names the error; all of it stands in Ray's logs."""
+    parts = [application, *application.get("deployments", {}).values()]
+    lines = [part["message"].strip().splitlines()[-1] for part in parts if part.get("message", "").strip()]
+    return "; ".join(lines)
 
 
 def _request(method: str, url: str, headers: dict[str, str], timeout_s: float) -> tuple[int, bytes]:

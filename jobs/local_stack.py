@@ -20,7 +20,7 @@ from typing import Any, Self
 import psutil
 import yaml
 
-from jobs.local_dashboard import Dashboard, http_status
+from jobs.local_dashboard import Dashboard, describe, failure, http_status
 from jobs.local_processes import (
     ProcessId,
     ProcessRecord,
@@ -201,7 +201,7 @@ class LocalStack:
             self._say(f"starting Ray, dashboard on {self.dashboard_url}, token in {self.token_path}")
             self._spawn("ray", ray_command(ports, ray_dir, self._num_cpus), server_env)
             self.env = {**server_env, **self._addresses()}
-        self._wait_until("s3", lambda: http_status(f"{self.s3_endpoint}/moto-api/") is not None)
+        self._wait_until("s3", lambda: http_status(f"{self.s3_endpoint}/moto-api/", timeout_s=1.0) is not None)
         if self._with_ray:
             self._wait_until("ray", Dashboard(self.dashboard_url, self.token_path).is_up)
             self._remember_descendants()
@@ -272,12 +272,12 @@ class LocalStack:
         last_line = ""
         while http_status(f"{self.serve_url}/readyz") != 200:
             application = dashboard.applications().get(APPLICATION, {})
-            line = _describe(application)
+            line = describe(application)
             if line != last_line:
                 self._say(f"  {line}")
                 last_line = line
             if application.get("status") in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise InfrastructureError(f"the Serve application failed: {_messages(application)}")
+                raise InfrastructureError(f"the Serve application failed: {failure(application)}")
             if time.monotonic() > deadline:
                 raise InfrastructureError(f"the Serve application was not ready within {READY_TIMEOUT_S:.0f} s: {line}")
             time.sleep(_POLL_S)
@@ -348,19 +348,3 @@ class LocalStack:
         for logs in self._temp_dir().glob("ray*/session_2*/logs"):
             shutil.copytree(logs, self.work_dir / "logs" / "ray", dirs_exist_ok=True)
             self._say(f"Ray's logs are kept in {self.work_dir / 'logs' / 'ray'}")
-
-
-def _describe(application: Mapping[str, Any]) -> str:
-    """One line such as ``DEPLOYING (Replica 0/1, Ingress 1/1)``."""
-    parts = []
-    for name, deployment in application.get("deployments", {}).items():
-        states = [replica.get("state") for replica in deployment.get("replicas", [])]
-        parts.append(f"{name} {states.count('RUNNING')}/{max(len(states), 1)}")
-    return f"{application.get('status', 'waiting for Serve')}" + (f" ({', '.join(parts)})" if parts else "")
-
-
-def _messages(application: Mapping[str, Any]) -> str:
-    """What Serve says went wrong. Of a traceback the last line names the error; all of it stands in Ray's logs."""
-    parts = [application, *application.get("deployments", {}).values()]
-    lines = [part["message"].strip().splitlines()[-1] for part in parts if part.get("message", "").strip()]
-    return "; ".join(lines)

@@ -199,7 +199,8 @@ def test_declared_oversize_is_refused_without_reading_it(stack: LocalStack) -> N
 def test_endless_chunked_body_is_cut_off(stack: LocalStack) -> None:
     chunk = b"100000\r\n" + MEBIBYTE + b"\r\n"
     answer, sent = raw_request(stack, f"{HEAD}Transfer-Encoding: chunked\r\n\r\n", 2000, chunk)
-    assert sent < 2000
+    # The limit is 64 MiB; Serve's proxy has read on by some 200 MiB until it hears of the refusal.
+    assert sent < 1000
     assert get(stack, "/healthz").status_code == 200
     # The client may have been cut off before it could read the answer; when it did, it is this one.
     assert answer == b"" or (answer.startswith(b"HTTP/1.1 413 ") and b'"code":"body_too_large"' in answer)

@@ -358,12 +358,17 @@ class OtherCheckpoint(BrokenReplica):
 
     async def score(self, items: list[Item], perspectives: Any) -> ScoreReply:
         records = [ScoreRecord("0", dict.fromkeys(PERSPECTIVES, 1.0))]
-        return ScoreReply(records, {"checkpoints": {"safety": f"new@sha256:{'1' * 64}"}, "vector_perspectives": []})
+        return ScoreReply(records, await self.readiness())
+
+    async def readiness(self) -> dict[str, Any]:
+        return {"checkpoints": {"safety": f"new@sha256:{'1' * 64}"}, "vector_perspectives": []}
 
 
 def test_policy_is_never_applied_to_rewards_of_another_checkpoint(endpoint: Endpoint) -> None:
     endpoint.replica = OtherCheckpoint(None)
     expect_problem(endpoint.score(item()), 500, "internal_error")
+    problem = expect_problem(endpoint.call("GET", "/readyz"), 503, "not_ready")
+    assert f"new@sha256:{'1' * 64}" in problem["detail"]
 
 
 def test_a_vector_reward_is_not_called_unscored(endpoint: Endpoint) -> None:
