@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from jobs import manifest as manifests
 from jobs.folder_log import Prompts, log_from_folder
-from jobs.gc import collect
+from jobs.garbage import collect
 from jobs.lock import NightLock
 from jobs.query import as_text, run_query
 from jobs.rejudge import rejudge

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import manifest as manifests
-from jobs.gc import collect
+from jobs.garbage import collect
 from jobs.lock import NightLock
 from jobs.manifest import InputObject, Manifest
 from jobs.parquet import PUBLISHED_SCHEMA
