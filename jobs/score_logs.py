@@ -51,8 +51,9 @@ def connect() -> None:
     """Joins the running Ray cluster. Raises ``InfrastructureError`` when there is none."""
     if ray.is_initialized():
         return
-    # Ray Data's plan and progress lines say less than our own; its warnings stay.
+    # Their plans and long-poll notes say less than our own lines.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         # The project root is on the workers' path through --working-dir, or PYTHONPATH where Ray was started.
         ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
