@@ -132,30 +132,34 @@ class ScoreBatch:
         sound = [row for row in rows if row["error_code"] is None]
         records = self._backend.score([_prepared(row) for row in sound]) if sound else []
         by_row = dict(zip((id(row) for row in sound), records, strict=True))
-        finished = [self._finish(row, by_row.get(id(row))) for row in rows]
+        finished = [finish(row, by_row.get(id(row)), self._facts) for row in rows]
+        for row in finished:
+            hide(row, self._facts, self._hash_key)
         self._progress.stage.remote("score", len(sound), time.perf_counter() - started, 0)
         stop = ray.get(self._progress.rows.remote([row["error_code"] for row in finished]))
         if stop:
             raise SystemicFailureError(stop)
         return pa.Table.from_pylist(finished, FACTS_SCHEMA)
 
-    def _finish(self, row: dict[str, Any], record: ScoreRecord | None) -> dict[str, Any]:
-        if record is not None and record.error is not None:
-            set_error(row, record.error)
-        rewards = record.rewards if record is not None and record.error is None else {}
-        vectors = record.reward_vectors if record is not None and record.error is None else {}
-        for perspective in PERSPECTIVES:
-            row[f"reward_{perspective}"] = rewards.get(perspective)
-            row[f"reward_{perspective}_vector"] = vectors.get(perspective)
-            row[f"checkpoint_{perspective}"] = self._facts.checkpoints.get(perspective)
-        row["not_scored"] = [str(p) for p in PERSPECTIVES if p not in rewards and p not in vectors]
-        row["status"] = STATUS_SCORED if row["error_code"] is None else STATUS_ERROR
-        row["preprocessing_hash"] = self._facts.preprocessing_hash
-        row["code_version"] = self._facts.code_version
-        row["run_id"] = self._facts.run_id
-        row["scored_at"] = datetime.now(UTC)
-        hide(row, self._facts, self._hash_key)
-        return row
+
+def finish(row: dict[str, Any], record: ScoreRecord | None, facts: RunFacts) -> dict[str, Any]:
+    """Adds rewards and the facts of the run. ``record``: None for a row that failed before it could be scored."""
+    if record is not None and record.error is not None:
+        set_error(row, record.error)
+    is_scored = record is not None and record.error is None
+    rewards = record.rewards if record is not None and is_scored else {}
+    vectors = record.reward_vectors if record is not None and is_scored else {}
+    for perspective in PERSPECTIVES:
+        row[f"reward_{perspective}"] = rewards.get(perspective)
+        row[f"reward_{perspective}_vector"] = vectors.get(perspective)
+        row[f"checkpoint_{perspective}"] = facts.checkpoints.get(perspective)
+    row["not_scored"] = [str(p) for p in PERSPECTIVES if p not in rewards and p not in vectors]
+    row["status"] = STATUS_SCORED if row["error_code"] is None else STATUS_ERROR
+    row["preprocessing_hash"] = facts.preprocessing_hash
+    row["code_version"] = facts.code_version
+    row["run_id"] = facts.run_id
+    row["scored_at"] = datetime.now(UTC)
+    return row
 
 
 def hide(row: dict[str, Any], facts: RunFacts, key: bytes) -> None:

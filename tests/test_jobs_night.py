@@ -66,7 +66,8 @@ def published(environment, demo):
 
 
 def arguments(output, logs=f"s3://{BUCKET}/logs", **flags):
-    base = ["--config", "infra/job.yaml", "--date", str(NIGHT), "--input", logs, "--output", output]
+    flags = {"config": "infra/job.yaml", **flags}
+    base = ["--date", str(NIGHT), "--input", str(logs), "--output", output]
     return base + [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
@@ -185,9 +186,12 @@ def test_the_pool_gives_the_rewards_of_serve(published, demo):
         assert np.std([row[name] for row in scored]) > 0.01
 
 
-def test_killed_and_started_again_the_night_is_that_of_an_undisturbed_run(published, demo):
+def test_killed_and_started_again_the_night_is_that_of_an_undisturbed_run(published, demo, tmp_path):
     output = f"s3://{BUCKET}/killed"
-    flags = arguments(output, max_error_rate=0.9, rows_per_block=8)
+    # In two shards, so that a resumed run also meets one that has not begun.
+    config = tmp_path / "job.yaml"
+    config.write_text("rows_per_shard: 60\nrows_per_block: 8\nmax_error_rate: 0.9\n")
+    flags = arguments(output, config=config)
     before = job_items_scored()
     blocks = -(-demo.row_count // 8)
     with start(*flags) as process:
@@ -355,6 +359,16 @@ def test_wrong_arguments_end_at_once_with_code_2_in_one_line(demo, changes, mess
     assert code == 2, err
     assert message in err
     assert len(err.strip().splitlines()) == 1
+    assert time.monotonic() - started < 60
+
+
+def test_a_cluster_that_is_too_small_is_refused_instead_of_waited_for(demo, tmp_path):
+    config = tmp_path / "job.yaml"
+    config.write_text("pool_num_gpus: 1\n")
+    started = time.monotonic()
+    code, _, err = run(*arguments(f"s3://{BUCKET}/small", config=config, via="pool"))
+    assert code == 4
+    assert "short of 1 GPU (0 free of 0)" in err
     assert time.monotonic() - started < 60
 
 
