@@ -241,17 +241,18 @@ def test_a_failed_pass_reaches_each_of_its_callers_and_nobody_else(error: BaseEx
     assert (three, four) == ([6], [8])
 
 
-def test_the_rest_of_a_failed_request_is_not_run() -> None:
+@pytest.mark.parametrize("error", [ValueError("boom"), TransientError("boom")])
+def test_the_rest_of_a_failed_request_is_not_run(error: Exception) -> None:
     device = Device()
-    device.error_at = {1: ValueError("boom")}
+    device.error_at = {1: error}
 
     async def scenario(batcher: Batcher[int, int]) -> None:
-        with pytest.raises(ValueError, match="boom"):
+        with pytest.raises(type(error), match="boom"):
             await batcher.submit(list(range(12)), key="k", priority=JOB)
-        assert batcher.queued(JOB) == 0
+        await batcher.submit([99], key="k", priority=JOB)
 
     run_with(device, scenario)
-    assert device.batches == [[0, 1, 2, 3]]
+    assert device.batches == [[0, 1, 2, 3], [99]]
 
 
 def test_wrong_number_of_results_is_a_failure_not_a_shift() -> None:

@@ -190,6 +190,15 @@ def test_a_bad_image_alone_is_refused_with_its_code(endpoint: Endpoint, image: s
     expect_problem(endpoint.score({"prompt": "p", "image": image}), status, code)
 
 
+@pytest.mark.parametrize("size_bytes", [2998, 2999, 3000])  # with two, one and no signs of padding
+def test_the_limit_on_bytes_is_exact(endpoint: Endpoint, size_bytes: int) -> None:
+    endpoint.limits = IngressArgs(max_image_bytes=size_bytes)
+    just_fits = {"prompt": "p", "image": as_base64(bytes(size_bytes))}
+    expect_problem(endpoint.score(just_fits), 422, "image_not_an_image")
+    one_more = {"prompt": "p", "image": as_base64(bytes(size_bytes + 1))}
+    expect_problem(endpoint.score(one_more), 413, "image_too_many_bytes")
+
+
 @pytest.mark.parametrize(
     ("body", "status", "code", "place"),
     [
@@ -353,45 +362,51 @@ def test_readyz_says_why_not(endpoint: Endpoint) -> None:
     assert "expected 1.0, got 2.0" in problem["detail"]
 
 
-class OtherCheckpoint(BrokenReplica):
-    """During an update, a replica of a checkpoint that the policy does not know."""
+class GivenReply(BrokenReplica):
+    """A replica that answers with one record, as the checkpoints in ``identity``."""
 
-    async def score(self, items: list[Item], perspectives: Any) -> ScoreReply:
-        records = [ScoreRecord("0", dict.fromkeys(PERSPECTIVES, 1.0))]
-        return ScoreReply(records, await self.readiness())
-
-    async def readiness(self) -> dict[str, Any]:
-        return {"checkpoints": {"safety": f"new@sha256:{'1' * 64}"}, "vector_perspectives": []}
-
-
-def test_policy_is_never_applied_to_rewards_of_another_checkpoint(endpoint: Endpoint) -> None:
-    endpoint.replica = OtherCheckpoint(None)
-    expect_problem(endpoint.score(item()), 500, "internal_error")
-    problem = expect_problem(endpoint.call("GET", "/readyz"), 503, "not_ready")
-    assert f"new@sha256:{'1' * 64}" in problem["detail"]
-
-
-def test_a_vector_reward_is_not_called_unscored(endpoint: Endpoint) -> None:
-    class Vectors(OtherCheckpoint):
-        async def score(self, items: list[Item], perspectives: Any) -> ScoreReply:
-            scalars = {p: 1.0 for p in PERSPECTIVES if p is not Perspective.OVERALL}
-            identity = await real_identity()
-            return ScoreReply([ScoreRecord("0", scalars, {Perspective.OVERALL: (0.5, -0.5)})], identity)
-
-    async def real_identity() -> dict[str, Any]:
-        checkpoints = FakeScorer().identity.checkpoints
-        return {
-            "name": "fake",
-            "checkpoints": {str(p): c for p, c in checkpoints.items()},
+    def __init__(self, record: ScoreRecord, **identity: Any) -> None:
+        super().__init__(None)
+        self.record = record
+        self.facts: dict[str, Any] = {
+            "name": "given",
+            "checkpoints": {str(p): checkpoint for p, checkpoint in FakeScorer().identity.checkpoints.items()},
             "preprocessing_hash": "0",
             "dtype": "float32",
             "licence": "Apache-2.0",
             "is_trained": True,
             "vector_perspectives": [],
             "code_version": "1",
+            "has_golden": True,
+            **identity,
         }
 
-    endpoint.replica = Vectors(None)
+    async def score(self, items: list[Item], perspectives: Any) -> ScoreReply:
+        return ScoreReply([self.record], self.facts)
+
+    async def readiness(self) -> dict[str, Any]:
+        return self.facts
+
+
+def test_policy_is_never_applied_to_rewards_of_another_checkpoint(endpoint: Endpoint) -> None:
+    record = ScoreRecord("0", dict.fromkeys(PERSPECTIVES, 1.0))
+    endpoint.replica = GivenReply(record)
+    assert endpoint.score(item()).status_code == 200
+    # During an update replicas of two checkpoints run; the policy knows the old one.
+    endpoint.replica = GivenReply(record, checkpoints={"safety": f"new@sha256:{'1' * 64}"})
+    expect_problem(endpoint.score(item()), 500, "internal_error")
+    problem = expect_problem(endpoint.call("GET", "/readyz"), 503, "not_ready")
+    assert f"new@sha256:{'1' * 64}" in problem["detail"]
+
+
+def test_a_reward_that_is_not_finite_is_an_error_not_a_verdict(endpoint: Endpoint) -> None:
+    endpoint.replica = GivenReply(ScoreRecord("0", dict.fromkeys(PERSPECTIVES, float("nan"))))
+    expect_problem(endpoint.score(item()), 422, "non_finite_reward")
+
+
+def test_a_vector_reward_is_not_called_unscored(endpoint: Endpoint) -> None:
+    scalars = {p: 1.0 for p in PERSPECTIVES if p is not Perspective.OVERALL}
+    endpoint.replica = GivenReply(ScoreRecord("0", scalars, {Perspective.OVERALL: (0.5, -0.5)}))
     [result] = endpoint.score(item()).json()["results"]
     assert result["reward_vectors"] == {"overall": [0.5, -0.5]}
     assert (result["rewards"]["overall"], result["not_scored"]) == (None, [])
