@@ -78,7 +78,9 @@ STATUS_ERROR = "error"
 def _log_columns() -> list[Column]:
     return [
         Column("row_key", "string", "sha256 of (input object, its version, row number), hex", nullable=False),
-        Column("generation_id", "string", "id from the log; null only where error_code is missing_id or the row had none"),
+        Column(
+            "generation_id", "string", "id from the log; null only where error_code is missing_id or the row had none"
+        ),
         Column("created_at", "timestamp[us, UTC]", "when the image was made, from the log", "UTC"),
         Column("prompt", "string", "text given to the image generator; absent with --drop-columns prompt"),
         Column("image_uri", "string", "where the image lies, from the log; null where the log held the bytes"),
@@ -109,7 +111,9 @@ def _reward_columns() -> list[Column]:
     columns = []
     for perspective in PERSPECTIVES:
         columns += [
-            Column(f"reward_{perspective}", "float", f"{perspective} reward; null where not scored", "reward, unbounded"),
+            Column(
+                f"reward_{perspective}", "float", f"{perspective} reward; null where not scored", "reward, unbounded"
+            ),
             Column(f"reward_{perspective}_vector", "list<float>", f"{perspective} vector of a general-preference head"),
             Column(f"checkpoint_{perspective}", "string", f"checkpoint asked for {perspective}, as id@sha256:hash"),
         ]
@@ -124,8 +128,15 @@ def _judgement_columns() -> list[Column]:
         Column("not_scored", "list<string>", "perspectives without a reward in this row"),
         Column("policy_id", "string", "id of the policy that gave the verdict", nullable=False),
         Column("policy_hash", "string", "sha256 of its content, hex", nullable=False),
-        Column("preprocessing_hash", "string", "sha256 of everything that decides pixels and tokens, hex", nullable=False),
-        Column("code_version", "string", "package version + hash of all *.py of model/, jobs/, deployments/", nullable=False),
+        Column(
+            "preprocessing_hash", "string", "sha256 of everything that decides pixels and tokens, hex", nullable=False
+        ),
+        Column(
+            "code_version",
+            "string",
+            "package version + hash of all *.py of model/, jobs/, deployments/",
+            nullable=False,
+        ),
         Column("run_id", "string", "the run that scored this row", nullable=False),
         Column("scored_at", "timestamp[us, UTC]", "when the row was finished", "UTC", False),
     ]
