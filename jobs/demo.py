@@ -19,7 +19,7 @@ from jobs.demo_data import DemoNight, write_demo_night
 from jobs.local_stack import LocalStack
 from jobs.manifest import Manifest
 from jobs.query import as_text, run_query
-from jobs.score_logs import EXIT_INFRASTRUCTURE, EXIT_OK, say
+from jobs.score_logs import EXIT_INFRASTRUCTURE, EXIT_INTERRUPTED, EXIT_OK, say
 from jobs.verify import VerificationError, verify_night
 from model import storage
 from model.errors import ConfigError, InfrastructureError, TransientError
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_INFRASTRUCTURE
     except KeyboardInterrupt:
         print("interrupted; everything that was started is stopped", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
 
 
 def _demo(work_dir: Path, rows: int) -> int:

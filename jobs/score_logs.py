@@ -7,6 +7,8 @@ letters above ``--max-error-rate``; 4 infrastructure, nothing published.
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import sys
 import traceback
 
@@ -23,6 +25,8 @@ EXIT_OK = 0
 EXIT_CONFIG = 2
 EXIT_ERRORS = 3
 EXIT_INFRASTRUCTURE = 4
+EXIT_INTERRUPTED = 130
+_REACH_TIMEOUT_S = 5.0
 
 
 def main(argv: list[str]) -> int:
@@ -40,6 +44,8 @@ def main(argv: list[str]) -> int:
         # A worker, node or stage died. The cause is not always known here, so all of it is shown.
         traceback.print_exc()
         return _fail(EXIT_INFRASTRUCTURE, f"the cluster failed: {type(error).__name__}; run the night again to resume")
+    except KeyboardInterrupt:
+        return _fail(EXIT_INTERRUPTED, "interrupted; nothing was published, run the night again to resume")
     _print_outcome(config.output, manifest)
     if manifest.error_share > config.max_error_rate:
         share = f"{manifest.error_share:.2%} of the rows are dead letters"
@@ -54,11 +60,23 @@ def connect() -> None:
     # Their plans and long-poll notes say less than our own lines.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    _check_reachable(os.environ.get("RAY_ADDRESS", ""))
     try:
         # The project root is on the workers' path through --working-dir, or PYTHONPATH where Ray was started.
         ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise InfrastructureError("no Ray cluster found; start one, or set RAY_ADDRESS") from error
+
+
+def _check_reachable(address: str) -> None:
+    # Ray tries an address that nobody listens on for minutes, without an option to stop it.
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_REACH_TIMEOUT_S).close()
+    except OSError as error:
+        raise InfrastructureError(f"no Ray cluster at RAY_ADDRESS={address}: {error}") from error
 
 
 def say(line: str) -> None:

@@ -372,5 +372,12 @@ def test_a_cluster_that_is_too_small_is_refused_instead_of_waited_for(demo, tmp_
     assert time.monotonic() - started < 60
 
 
+def test_a_cluster_that_does_not_answer_is_an_error_soon(demo, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    code, _, err = run(*arguments(f"s3://{BUCKET}/lonely"))
+    assert code == 4
+    assert "no Ray cluster at RAY_ADDRESS=127.0.0.1:9" in err
+
+
 def arguments_of(changes):
     return [part for name, value in changes.items() for part in (f"--{name.replace('_', '-')}", value)]
