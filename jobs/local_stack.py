@@ -36,7 +36,7 @@ from jobs.local_servers import PROJECT_ROOT, Ports, ray_command, s3_command, scr
 from model.errors import ConfigError, InfrastructureError
 
 APPLICATION = "assay"
-# Ray drains for up to 30 s after SIGTERM and then ends its own processes: that long, and some more.
+# Ray ends its own processes within some seconds of SIGTERM; more on a machine that is busy with other things.
 RAY_STOP_WAIT_S = 45.0
 S3_STOP_WAIT_S = 5.0
 SERVE_STOP_WAIT_S = 15.0

@@ -247,6 +247,33 @@ def test_ray_left_behind_by_a_killed_owner_and_a_killed_head_is_cleaned_up(tmp_p
         assert not [process for process in orphans if is_alive(process)]
 
 
+_KEEP_A_JOB_RUNNING = """
+import threading, time
+from pathlib import Path
+import sys
+from jobs.local_stack import LocalStack
+program = "import ray, time; ray.init(); print('busy', flush=True); ray.get(ray.remote(time.sleep).remote(600))"
+with LocalStack(Path(sys.argv[1]), serve=False) as stack:
+    def tell(line):
+        if line == "busy":
+            print("up", flush=True)
+    stack.submit(["python", "-c", program], on_line=tell)
+"""
+
+
+@pytest.mark.cluster
+def test_ctrl_c_during_a_job_stops_everything_soon(tmp_path: Path) -> None:
+    holder = hold_a_stack(tmp_path, _KEEP_A_JOB_RUNNING)
+    everything = psutil.Process(holder.pid).children(recursive=True)
+    assert len(everything) > 10
+    started_s = time.monotonic()
+    with holder:
+        holder.send_signal(signal.SIGINT)
+        assert holder.wait(60) == -signal.SIGINT
+    assert not [process for process in everything if is_alive(process)]
+    assert time.monotonic() - started_s < 30  # Ray's own patience with a busy cluster
+
+
 @pytest.mark.cluster
 def test_submit_returns_the_exit_code_of_the_driver(stack: LocalStack) -> None:
     lines: list[str] = []
