@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve import exceptions as serve_errors
 
 from jobs.config import JobConfig
-from model.errors import InfrastructureError, OverloadedError
+from model.errors import InfrastructureError, OverloadedError, TransientError
 from model.prepared_bytes import unpack_arrays
 from model.schema import ScoreRecord
 from model.scorer import Prepared, load
@@ -33,6 +33,7 @@ _RECOVERABLE = (
     serve_errors.BackPressureError,
     serve_errors.DeploymentUnavailableError,
     OverloadedError,
+    TransientError,  # a replica that failed its golden check, and is being replaced
     TimeoutError,
 )
 
