@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import boto3
 
+from jobs import report
 from jobs.demo_data import DemoNight, write_demo_night
 from jobs.local_stack import LocalStack
 from jobs.manifest import Manifest
@@ -114,6 +116,7 @@ def _show(output: str, manifest: Manifest, night: DemoNight) -> None:
            "FROM scores WHERE status = 'error' GROUP BY ALL ORDER BY rows DESC, error_code")  # fmt: skip
     for perspective in PERSPECTIVES:
         _worst(output, perspective, policy)
+    _throughput(output, manifest)
     right = _hard_rows_right(output, night)
     say(f"\n{right} of {len(night.hard_rows)} hard rows ended as they should, and none cost another row")
     if not manifest.is_trained:
@@ -121,7 +124,7 @@ def _show(output: str, manifest: Manifest, night: DemoNight) -> None:
 
 
 def _table(output: str, title: str, sql: str) -> None:
-    say(f"\n{title}\n{as_text(run_query(output, sql))}")
+    say(f"\n{title}\n{as_text(run_query(output, sql), max_width=90)}")
 
 
 def _worst(output: str, perspective: Perspective, policy: Policy) -> None:
@@ -134,6 +137,14 @@ def _worst(output: str, perspective: Perspective, policy: Policy) -> None:
     reasons = [explain({perspective: reward}, policy).get(perspective, "below no threshold") for reward in rewards]
     table = table.append_column("reason", [reasons]).select(["reward", "reason", "verdict", "generation_id", "prompt"])
     say(f"\nworst by {perspective}\n{as_text(table)}")
+
+
+def _throughput(output: str, manifest: Manifest) -> None:
+    content = json.loads(storage.get(report.uri_of(output, manifest)))
+    run, fetched = content["this_run"], content["bytes_fetched"] / 1e6
+    say(f"\nthroughput\n{run['rows']} rows in {run['wall_s']} s: {run['rows_per_s']} rows/s, start of workers included")
+    stages = ", ".join(f"{name} {stage['worker_s']} s" for name, stage in run["stages"].items())
+    say(f"work by stage, summed over workers that run side by side: {stages}; {fetched:.1f} MB of images fetched")
 
 
 def _hard_rows_right(output: str, night: DemoNight) -> int:
