@@ -8,7 +8,7 @@ start with a policy made for another checkpoint.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from deployments.paths import find_checkpoint, in_project
 from model.code_version import code_version
 from model.errors import ConfigError, TransientError
 from model.golden import GOLDEN_FILE
+from model.identity import first_difference, reward_facts
 from model.perspectives import Perspective
 from model.policy import check_applies
 from model.policy_file import load_policy
@@ -68,6 +69,7 @@ class Replica:
             "licence": identity.licence,
             "vector_perspectives": [str(perspective) for perspective in identity.vector_perspectives],
             "code_version": code_version(),
+            "facts": reward_facts(identity, code_version()),
             # A checkpoint without golden inputs is ready once it has loaded; say so.
             "has_golden": (resolve(checkpoint) / GOLDEN_FILE).exists(),
         }
@@ -112,21 +114,20 @@ class Replica:
     async def score_prepared(
         self,
         batch: Sequence[tuple[str, bytes]],
-        preprocessing_hash: str,
+        expected: Mapping[str, str],
         perspectives: Sequence[str] | None = None,
     ) -> list[ScoreRecord]:
         """Score one batch of the nightly job: ``(generation_id, pack_arrays(arrays))`` per row, records in order.
 
-        The records carry no image facts: the caller, who saw the image, has them.
+        The records carry no image facts: the caller, who saw the image, has them. ``expected`` are the
+        ``reward_facts`` under which the caller will store the rewards; sent with each batch, because another
+        checkpoint may be deployed in the middle of a night.
 
-        Raises: ConfigError when the caller prepared its rows in another way than this checkpoint needs, or for
-        a perspective that it does not have.
+        Raises: ConfigError when this replica would give other rewards, or for a perspective that it does not have.
         """
-        if preprocessing_hash != self._scorer.preprocessing_hash:
-            raise ConfigError(
-                f"rows were prepared with preprocessing {preprocessing_hash}, but this replica needs "
-                f"{self._scorer.preprocessing_hash}; run the job with the checkpoint and code that are deployed"
-            )
+        difference = first_difference(self._identity["facts"], expected)
+        if difference is not None:
+            raise ConfigError(f"this replica differs in {difference}; run the job with the weights and code deployed")
         wanted = self._checked(perspectives)
         unpack = partial(_unpack, batch)
         prepared = await asyncio.get_running_loop().run_in_executor(self._preprocess_pool, unpack)

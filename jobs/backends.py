@@ -13,7 +13,9 @@ from ray import serve
 from ray.serve import exceptions as serve_errors
 
 from jobs.config import JobConfig
-from model.errors import InfrastructureError, OverloadedError, TransientError
+from model.code_version import code_version
+from model.errors import ConfigError, InfrastructureError, OverloadedError, TransientError
+from model.identity import first_difference, reward_facts
 from model.prepared_bytes import unpack_arrays
 from model.schema import ScoreRecord
 from model.scorer import Prepared, load
@@ -54,21 +56,15 @@ class ScoringPlan:
     checkpoint: str
     device: str
     dtype: str
-    preprocessing_hash: str
+    facts: dict[str, str]  # model.identity.reward_facts: what the rewards will be stored under
     batch_size: int
     timeout_s: float
 
     @classmethod
-    def of(cls, config: JobConfig, via: Literal["serve", "pool"], preprocessing_hash: str) -> ScoringPlan:
+    def of(cls, config: JobConfig, via: Literal["serve", "pool"], facts: dict[str, str]) -> ScoringPlan:
         """The plan of a run."""
         return cls(
-            via,
-            config.checkpoint,
-            config.device,
-            config.dtype,
-            preprocessing_hash,
-            config.batch_size,
-            config.score_timeout_s,
+            via, config.checkpoint, config.device, config.dtype, facts, config.batch_size, config.score_timeout_s
         )
 
     def connect(self) -> Backend:
@@ -83,6 +79,9 @@ class _PoolBackend:
         # One thread a replica: more than that and replicas on one machine fight for its cores.
         torch.set_num_threads(1)
         self._scorer = load(plan.checkpoint, device=plan.device, dtype=plan.dtype)
+        difference = first_difference(reward_facts(self._scorer.identity, code_version()), plan.facts)
+        if difference is not None:
+            raise ConfigError(f"this node differs from the driver in {difference}; give all nodes the same files")
         self._batch_size = plan.batch_size
 
     def score(self, rows: Sequence[tuple[str, bytes]]) -> list[ScoreRecord]:
@@ -108,10 +107,13 @@ class _ServeBackend:
     def _call(self, batch: list[tuple[str, bytes]]) -> list[ScoreRecord]:
         wait_s = _FIRST_WAIT_S
         for attempt in range(1, _ATTEMPTS + 1):
+            reply = None
             try:
-                reply = self._handle.score_prepared.remote(batch, self._plan.preprocessing_hash)
+                reply = self._handle.score_prepared.remote(batch, self._plan.facts)
                 result: list[ScoreRecord] = reply.result(timeout_s=self._plan.timeout_s)
             except _RECOVERABLE as error:
+                if reply is not None:
+                    reply.cancel()  # or an overloaded replica would score it for nobody
                 if attempt == _ATTEMPTS:
                     message = f"Serve did not score a batch in {_ATTEMPTS} attempts: {type(error).__name__}"
                     raise InfrastructureError(message) from error

@@ -70,13 +70,19 @@ class NightLock:
         self._stop.set()
         self._thread.join(timeout=60)
         if not self.is_lost:
-            storage.put(self._uri(self._number), self._content(is_released=True))
+            try:
+                storage.put(self._uri(self._number), self._content(is_released=True))
+            except (TransientError, PermissionError) as error:
+                self._say(f"warning: the lock was not released ({error}); the next run waits {SILENCE_S:.0f} s for it")
 
     def check(self) -> None:
         """Raises ``InfrastructureError`` when the lock was lost; called before anything is published."""
         if self.is_lost or self._last() != self._number:
             self.is_lost = True
-            raise InfrastructureError(f"another run took over the night {self._night}; this one publishes nothing")
+            raise InfrastructureError(
+                f"the lock of the night {self._night} is lost: another run took over, or it could not be renewed; "
+                "this run publishes nothing more"
+            )
 
     def _last(self) -> int:
         uris = [entry.uri for entry in storage.list_if_any(self._folder)]
@@ -107,6 +113,11 @@ class NightLock:
                 storage.put(self._uri(self._number), self._content())
             except TransientError:
                 continue  # storage is away for everybody; whoever comes back first decides
+            except Exception:
+                # Silent for any reason, this run would be taken for dead while it goes on: it must stop.
+                self.is_lost = True
+                self._on_lost()
+                raise
 
     def _content(self, is_released: bool = False) -> bytes:
         return json.dumps({**self._holder, "beat": self._beat, "is_released": is_released}).encode()

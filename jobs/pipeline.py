@@ -45,6 +45,7 @@ def run_shard(
     progress: Any,
 ) -> None:
     """Stages every row of the slices that the checkpoint does not hold yet. Raises what a stage raised."""
+    staging.settle(shard)
     filesystem, staging_path = storage.arrow_filesystem(staging.rows_uri(shard))
     _, checkpoint_path = storage.arrow_filesystem(staging.checkpoint_uri(shard))
     context = DataContext.get_current()
@@ -112,14 +113,45 @@ def _score_resources(config: JobConfig, via: str) -> dict[str, Any]:
     return {"num_cpus": config.pool_num_cpus, "num_gpus": config.pool_num_gpus, **labels}
 
 
+def check_scan_resources(say: Callable[[str], None]) -> None:
+    """Raises ``InfrastructureError`` when no CPU is free for reading the logs: Ray would wait without a word."""
+    _wait_for({"CPU": 1}, say)
+
+
 def check_resources(config: JobConfig, via: str, say: Callable[[str], None]) -> None:
-    """Raises ``InfrastructureError`` when the cluster cannot run one of each stage: Ray would wait without a word."""
+    """Raises ``InfrastructureError`` when the cluster cannot run one of each stage, or no node fits a pool actor."""
     actors = _score_actors(config, via)
     score = _score_resources(config, via)
-    need = {
-        "CPU": _READ_CPUS + _FETCH_CPUS + 1 + _WRITE_CPUS + actors * score["num_cpus"],
-        "GPU": actors * score.get("num_gpus", 0),
-    }
+    if via == "pool":
+        _check_nodes(config, actors)
+    _wait_for(
+        {
+            "CPU": _READ_CPUS + _FETCH_CPUS + 1 + _WRITE_CPUS + actors * score["num_cpus"],
+            "GPU": actors * score.get("num_gpus", 0),
+        },
+        say,
+    )
+
+
+def _check_nodes(config: JobConfig, actors: int) -> None:
+    """The sum over the cluster says nothing of a node: two GPUs an actor never fit nodes of one."""
+    need = {"CPU": config.pool_num_cpus, "GPU": config.pool_num_gpus}
+    places = 0
+    for node in ray.nodes():
+        has_labels = all(node.get("Labels", {}).get(name) == value for name, value in config.pool_labels.items())
+        if node["Alive"] and has_labels:
+            rooms = [int(node["Resources"].get(name, 0) // amount) for name, amount in need.items() if amount]
+            places += min(rooms)
+    if places < actors:
+        where = f" with labels {config.pool_labels}" if config.pool_labels else ""
+        raise InfrastructureError(
+            f"pool_size={actors} actors of {need['CPU']:g} CPU and {need['GPU']:g} GPU do not fit: nodes{where} have "
+            f"room for {places}; add nodes, or lower pool_size or pool_num_gpus"
+        )
+
+
+def _wait_for(need: dict[str, float], say: Callable[[str], None]) -> None:
+    """Returns when the cluster has that much free; raises ``InfrastructureError`` when it will not or does not."""
     deadline = time.monotonic() + _RESOURCE_WAIT_S
     while True:
         total, free = ray.cluster_resources(), ray.available_resources()
@@ -130,10 +162,8 @@ def check_resources(config: JobConfig, via: str, say: Callable[[str], None]) -> 
             f"{amount:g} {name} ({free.get(name, 0):g} free of {total.get(name, 0):g})"
             for name, amount in short.items()
         )
-        hopeless = any(total.get(name, 0) < amount for name, amount in short.items())
-        if hopeless or time.monotonic() > deadline:
-            raise InfrastructureError(
-                f"the cluster is short of {wanted}; add nodes, or lower --via pool's pool_size and pool_num_gpus"
-            )
+        is_hopeless = any(total.get(name, 0) < amount for name, amount in short.items())
+        if is_hopeless or time.monotonic() > deadline:
+            raise InfrastructureError(f"the cluster is short of {wanted}; add nodes, or wait for other work to end")
         say(f"waiting for {wanted}")
         time.sleep(5)

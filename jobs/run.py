@@ -27,18 +27,19 @@ from jobs.fetch import check_image_root
 from jobs.lock import NightLock
 from jobs.logs import list_logs
 from jobs.manifest import InputObject, Manifest
-from jobs.pipeline import check_resources, run_shard
+from jobs.pipeline import check_resources, check_scan_resources, run_shard
 from jobs.progress import OutageRule, Progress, Reporter, Snapshot, SystemicFailureError
 from jobs.publish import Target, check_rows, write_content
 from jobs.query import dead_letters
 from jobs.rejudge import content_fields, file_facts, rejudge
 from jobs.scan import Scan, Slice, row_reader, scan_night, shards
 from jobs.stages import HASH_KEY_VARIABLE, RunFacts
-from jobs.staging import Staging
-from jobs.via import Via, choose_via
+from jobs.staging import Staging, Via
+from jobs.via import choose_via
 from model import storage
 from model.code_version import code_version
-from model.errors import ConfigError, InfrastructureError
+from model.errors import ConfigError, InfrastructureError, TransientError
+from model.identity import reward_facts
 from model.policy import Policy, check_applies
 from model.policy_file import load_policy
 from model.schema import SCHEMA_VERSION
@@ -119,7 +120,8 @@ def key_of(config: JobConfig, scan: Scan, identity: ScorerIdentity) -> str:
         "preprocessing": identity.preprocessing_hash,
         "dtype": identity.dtype,
         # How rows are read: another mapping finds other rows in the same logs.
-        "reading": [config.map, config.image_root, sorted(config.allow_bucket), config.limits.model_dump()],
+        "reading": [config.map, config.image_root, sorted(config.allow_bucket)],
+        "limits": [config.limits.max_image_bytes, config.limits.max_line_bytes],
         "hidden": [config.drop_columns, config.hash_columns],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -128,6 +130,7 @@ def key_of(config: JobConfig, scan: Scan, identity: ScorerIdentity) -> str:
 def _run_locked(run: _Run) -> Manifest:
     started = time.monotonic()
     config = run.config
+    check_scan_resources(run.say)
     run.say(f"reading the logs of {config.date} under {config.input}")
     scan = scan_night(config)
     key = key_of(config, scan, run.identity)
@@ -145,7 +148,7 @@ def _run_locked(run: _Run) -> Manifest:
         return _finished(run, published)
     else:
         pieces = shards(scan, config.rows_per_shard)
-        work = _Work("scored", Staging(config.output, key, len(pieces)), pieces, scan.rows)
+        work = _Work("scored", Staging(config.output, key, config.rows_per_shard, len(pieces)), pieces, scan.rows)
     via, snapshot, rows_before = _stage(run, work, scan)
     return _publish(run, work, scan, key, published, via, snapshot, rows_before, started)
 
@@ -170,32 +173,42 @@ def _dead_letters_of(published: Manifest, config: JobConfig, scan: Scan) -> _Wor
     key = hashlib.sha256(f"{published.run_key}:retry:{published.version}".encode()).hexdigest()[:16]
     pieces = [slices] if slices else []
     rows = sum(len(piece.only_rows or ()) for piece in slices)
-    return _Work("retried", Staging(config.output, key, len(pieces)), pieces, rows, base=published)
+    return _Work(
+        "retried", Staging(config.output, key, config.rows_per_shard, len(pieces)), pieces, rows, base=published
+    )
 
 
 def _stage(run: _Run, work: _Work, scan: Scan) -> tuple[Via, Snapshot, int]:
     """Stages what is left. Returns the way of scoring, this run's counts, and the rows that were done before."""
-    config, identity = run.config, run.identity
-    via = choose_via(config, work.staging, identity, run.say)
+    config, identity, staging = run.config, run.identity, work.staging
+    stored = staging.stored_via()
+    if stored and staging.is_complete():
+        run.say("all rows were scored before; what is left is to publish them")
+        return stored, Snapshot(), work.rows
+    code = code_version()
+    expected = reward_facts(identity, code)
+    via = choose_via(config, staging, expected, run.say)
     check_resources(config, via, run.say)
-    rows_before = work.staging.committed_rows()
+    rows_before = staging.committed_rows()
     if rows_before:
         run.say(f"resuming: {rows_before} of {work.rows} rows were done before")
     progress = ray.remote(num_cpus=0)(Progress).remote(_outage_rule(config, work))
-    plan = ScoringPlan.of(config, via, identity.preprocessing_hash)
-    facts = RunFacts.of(config, identity, run.run_id, code_version())
+    plan = ScoringPlan.of(config, via, expected)
+    facts = RunFacts.of(config, identity, run.run_id, code)
     reader = row_reader(config, scan.is_partitioned)
     with Reporter(progress, work.rows, rows_before, run.say):
         for shard, slices in enumerate(work.shards):
-            if work.staging.is_done(shard):
+            if staging.is_done(shard):
                 continue
             try:
-                run_shard(config, slices, reader, plan, facts, work.staging, shard, progress)
+                run_shard(config, slices, reader, plan, facts, staging, shard, progress)
             except ray.exceptions.RayError:
                 if reason := ray.get(progress.stop_reason.remote()):
+                    # Committed rows would come back as results when the outage is over.
+                    staging.remove()
                     raise SystemicFailureError(reason) from None
                 raise
-            work.staging.mark_done(shard)
+            staging.mark_done(shard)
     return via, ray.get(progress.snapshot.remote()), rows_before
 
 
@@ -226,6 +239,9 @@ def _publish(
     target = Target(config.output, config.date, key, version, run.run_id, config.rows_per_part, facts)
     kept = [storage.join(config.output, file.path) for file in work.base.files] if work.base else []
     content = write_content([work.staging.files(), kept], target, policy)
+    if content.rows < scan.rows:
+        # What is missing will not come back by itself: the next run must not believe the markers.
+        work.staging.remove()
     check_rows(content, scan.rows)
     manifest = Manifest(
         date=config.date,
@@ -247,13 +263,21 @@ def _publish(
         is_trained=identity.is_trained,
         **content_fields(content),
     )
-    run.lock.check()
-    manifests.write(config.output, manifest)
     # A retry replaces rows on purpose; only what was staged twice counts as repeated work.
     repeated = content.repeated - (work.rows if work.base else 0)
     report.write(config.output, manifest, snapshot, time.monotonic() - started, rows_before, repeated)
-    work.staging.remove()
+    run.lock.check()
+    manifests.write(config.output, manifest)
+    _tidy(work.staging, run.say)
     return manifest
+
+
+def _tidy(staging: Staging, say: Say) -> None:
+    """The night is published: what fails from here on is no failure of the run."""
+    try:
+        staging.remove()
+    except (TransientError, PermissionError) as error:
+        say(f"warning: staged rows were not removed ({error}); assay gc will")
 
 
 def _inputs(scan: Scan) -> tuple[InputObject, ...]:

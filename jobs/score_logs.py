@@ -34,23 +34,36 @@ def main(argv: list[str]) -> int:
     try:
         config = parse_arguments(argv)
         manifest = run_night(config, connect, say)
-    except ConfigError as error:
-        return _fail(EXIT_CONFIG, str(error))
-    except (InfrastructureError, SystemicFailureError, TransientError) as error:
-        return _fail(EXIT_INFRASTRUCTURE, str(error))
-    except PermissionError as error:
-        return _fail(EXIT_CONFIG, str(error))
-    except ray.exceptions.RayError as error:
-        # A worker, node or stage died. The cause is not always known here, so all of it is shown.
-        traceback.print_exc()
-        return _fail(EXIT_INFRASTRUCTURE, f"the cluster failed: {type(error).__name__}; run the night again to resume")
     except KeyboardInterrupt:
-        return _fail(EXIT_INTERRUPTED, "interrupted; nothing was published, run the night again to resume")
+        return fail(EXIT_INTERRUPTED, "interrupted; run the night again: it resumes, or says that it is published")
+    except Exception as error:
+        cause = root_cause(error)
+        if isinstance(cause, (ConfigError, PermissionError)):
+            return fail(EXIT_CONFIG, str(cause))
+        if isinstance(cause, (InfrastructureError, SystemicFailureError, TransientError)):
+            return fail(EXIT_INFRASTRUCTURE, str(cause))
+        if isinstance(error, ray.exceptions.RayError):
+            # A worker, node or stage died. The cause is not always known here, so all of it is shown.
+            traceback.print_exc()
+            return fail(
+                EXIT_INFRASTRUCTURE, f"the cluster failed ({type(cause).__name__}); run the night again to resume"
+            )
+        raise
     _print_outcome(config.output, manifest)
     if manifest.error_share > config.max_error_rate:
         share = f"{manifest.error_share:.2%} of the rows are dead letters"
-        return _fail(EXIT_ERRORS, f"published, but {share}, above --max-error-rate {config.max_error_rate:.2%}")
+        return fail(EXIT_ERRORS, f"published, but {share}, above --max-error-rate {config.max_error_rate:.2%}")
     return EXIT_OK
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What a worker raised, out of the wrappers in which Ray and Ray Data hand it over."""
+    inner: BaseException | None = None
+    if isinstance(error, ray.exceptions.RayTaskError):
+        inner = error.cause
+    elif isinstance(error, ray.exceptions.UserCodeException):
+        inner = error.__cause__
+    return error if inner is None else root_cause(inner)
 
 
 def connect() -> None:
@@ -94,7 +107,8 @@ def _print_outcome(output: str, manifest: Manifest) -> None:
     say(f"report: {report.uri_of(output, manifest)}")
 
 
-def _fail(code: int, message: str) -> int:
+def fail(code: int, message: str) -> int:
+    """Says why in one line on stderr; returns the exit code."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code
 

@@ -25,7 +25,7 @@ from jobs.fetch import FetchRules, fetch_all
 from jobs.parquet import FACTS_SCHEMA
 from jobs.progress import SystemicFailureError
 from jobs.rows import ROW_SCHEMA
-from model.errors import InputError
+from model.errors import ConfigError, InputError, Stage
 from model.perspectives import PERSPECTIVES
 from model.prepared_bytes import pack_arrays
 from model.schema import STATUS_ERROR, STATUS_SCORED, Generation, ImageInfo, RowError, ScoreRecord
@@ -104,13 +104,20 @@ class RunFacts:
     code_version: str
     drop_columns: tuple[str, ...] = ()
     hash_columns: tuple[str, ...] = ()
+    hash_key_print: str = ""  # of the driver's key, so that no worker hashes with another one, or with none
 
     @classmethod
     def of(cls, config: JobConfig, identity: ScorerIdentity, run_id: str, code_version: str) -> RunFacts:
         """The facts of a run."""
         checkpoints = {str(perspective): value for perspective, value in identity.checkpoints.items()}
         return cls(
-            run_id, checkpoints, identity.preprocessing_hash, code_version, config.drop_columns, config.hash_columns
+            run_id,
+            checkpoints,
+            identity.preprocessing_hash,
+            code_version,
+            config.drop_columns,
+            config.hash_columns,
+            key_print(hash_key()),
         )
 
 
@@ -124,7 +131,7 @@ class ScoreBatch:
         self._backend: Backend = plan.connect()
         self._facts = facts
         self._progress = progress
-        self._hash_key = os.environ.get(HASH_KEY_VARIABLE, "").encode()
+        self._hash_key = check_hash_key(facts)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         started = time.perf_counter()
@@ -162,8 +169,29 @@ def finish(row: dict[str, Any], record: ScoreRecord | None, facts: RunFacts) -> 
     return row
 
 
+def hash_key() -> bytes:
+    """The key of ``--hash-columns`` in this process's environment; empty when there is none."""
+    return os.environ.get(HASH_KEY_VARIABLE, "").encode()
+
+
+def check_hash_key(facts: RunFacts) -> bytes:
+    """This process's key. Raises ``ConfigError`` when columns are to be hashed and it is not the driver's."""
+    key = hash_key()
+    if facts.hash_columns and key_print(key) != facts.hash_key_print:
+        raise ConfigError(f"{HASH_KEY_VARIABLE} of a worker is not that of the driver; set it where Ray is started")
+    return key
+
+
+def key_print(key: bytes) -> str:
+    """A fingerprint that tells keys apart and gives none away."""
+    return hmac.new(key, b"assay hash key", hashlib.sha256).hexdigest()[:16]
+
+
 def hide(row: dict[str, Any], facts: RunFacts, key: bytes) -> None:
     """Empties or hashes the columns that must stay out of the output; equal values have equal hashes under one key."""
+    if row["error_stage"] == Stage.FETCH and "image_uri" in facts.drop_columns + facts.hash_columns:
+        # Messages of this stage name the URI, which is what must stay out (it may even be a signed one).
+        row["error_message"] = f"{row['error_code']}; the details name image_uri, which is kept out of the output"
     for name in facts.drop_columns:
         row[name] = None
     for name in facts.hash_columns:

@@ -1,18 +1,24 @@
 """Where a run keeps its unpublished work, and what an earlier attempt at the same work has left there.
 
-``staging/<run key>/shard-N/*.parquet`` are scored rows, ``checkpoints/<run key>/shard-N`` Ray's record of which
-of them are committed, ``staging/<run key>/shard-N.done`` the completion marker of a shard, ``run.json`` the way
-of scoring that was chosen.
+``staging/<run key>/by-S/shard-N/*.parquet`` are scored rows of shards of S rows, ``checkpoints/<run key>/by-S/shard-N``
+Ray's record of which of them are committed, ``shard-N.done`` beside them the completion marker of a shard, and
+``staging/<run key>/run.json`` the way of scoring that was chosen. S is part of the path because shard N of another
+size holds other rows.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow.parquet as pq
 
 from model import storage
+
+Via = Literal["serve", "pool"]
+
+_PENDING = ".pending.parquet"
 
 
 @dataclass(frozen=True)
@@ -21,15 +27,16 @@ class Staging:
 
     output: str
     run_key: str
+    rows_per_shard: int
     shards: int
 
     def rows_uri(self, shard: int) -> str:
         """Folder of the scored rows of a shard."""
-        return storage.join(self.output, f"staging/{self.run_key}/shard-{shard:05d}")
+        return storage.join(self.output, f"staging/{self.run_key}/by-{self.rows_per_shard}/shard-{shard:05d}")
 
     def checkpoint_uri(self, shard: int) -> str:
         """Folder of Ray's checkpoint of a shard."""
-        return storage.join(self.output, f"checkpoints/{self.run_key}/shard-{shard:05d}")
+        return storage.join(self.output, f"checkpoints/{self.run_key}/by-{self.rows_per_shard}/shard-{shard:05d}")
 
     def is_done(self, shard: int) -> bool:
         """Whether every row of the shard is committed."""
@@ -39,13 +46,28 @@ class Staging:
         """Called after the shard's last block."""
         storage.put(self._done_uri(shard), b"")
 
+    def is_complete(self) -> bool:
+        """Whether nothing is left to score."""
+        return all(map(self.is_done, range(self.shards)))
+
+    def settle(self, shard: int) -> None:
+        """Removes pending checkpoints whose committed twin exists.
+
+        On an object store Ray's commit is a copy and then a delete. Killed in between, it leaves both, and on
+        resuming Ray would delete the data of the pending one and yet believe the committed one: rows would be lost.
+        """
+        names = {entry.uri for entry in storage.list_if_any(self.checkpoint_uri(shard))}
+        for name in names:
+            if name.endswith(_PENDING) and name.removesuffix(_PENDING) + ".parquet" in names:
+                storage.delete(name)
+
     def committed_rows(self) -> int:
         """Rows of finished blocks. Pending ones do not count: Ray removes them when the shard is resumed."""
         return sum(
             row_count(entry.uri)
             for shard in range(self.shards)
             for entry in storage.list_if_any(self.checkpoint_uri(shard))
-            if entry.uri.endswith(".parquet") and ".pending" not in entry.uri
+            if entry.uri.endswith(".parquet") and not entry.uri.endswith(_PENDING)
         )
 
     def files(self) -> list[str]:
@@ -53,18 +75,24 @@ class Staging:
         found = [entry.uri for shard in range(self.shards) for entry in storage.list_if_any(self.rows_uri(shard))]
         return [uri for uri in found if uri.endswith(".parquet")]
 
-    def stored_via(self) -> str | None:
+    def stored_via(self) -> Via | None:
         """The way of scoring that the run was begun with."""
-        return str(json.loads(storage.get(self._run_uri()))["via"]) if exists(self._run_uri()) else None
+        if not exists(self._run_uri()):
+            return None
+        return "serve" if json.loads(storage.get(self._run_uri()))["via"] == "serve" else "pool"
 
-    def store_via(self, via: str) -> None:
+    def store_via(self, via: Via) -> None:
         """Kept on resume, so that one night is not scored in two ways."""
         storage.put(self._run_uri(), json.dumps({"via": via}).encode())
 
     def remove(self) -> None:
-        """After publication nothing here is of use; what a kill leaves, gc removes."""
+        """Forgets all of it: published, or not worth keeping. What a kill leaves, gc removes.
+
+        Checkpoints and markers go first: rows that count as done while their data is gone would be lost.
+        """
         for folder in ("checkpoints", "staging"):
-            for entry in storage.list_if_any(storage.join(self.output, f"{folder}/{self.run_key}")):
+            entries = storage.list_if_any(storage.join(self.output, f"{folder}/{self.run_key}"))
+            for entry in sorted(entries, key=lambda entry: entry.uri.endswith(".parquet")):
                 storage.delete(entry.uri)
 
     def _done_uri(self, shard: int) -> str:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from jobs.backends import serve_identity
 from jobs.config import JobConfig
-from jobs.staging import Staging
-from model.code_version import code_version
+from jobs.staging import Staging, Via
 from model.errors import ConfigError, InfrastructureError
-from model.scorer import ScorerIdentity
-
-Via = Literal["serve", "pool"]
+from model.identity import first_difference
 
 
-def choose_via(config: JobConfig, staging: Staging, identity: ScorerIdentity, say: Callable[[str], None]) -> Via:
+def choose_via(config: JobConfig, staging: Staging, facts: Mapping[str, str], say: Callable[[str], None]) -> Via:
     """``--via``, or with ``auto`` Serve where the same application runs and the pool where none does.
 
     Raises ``ConfigError`` when an application runs that would give other rewards, saying which hash differs;
@@ -28,7 +25,7 @@ def choose_via(config: JobConfig, staging: Staging, identity: ScorerIdentity, sa
     if (stored or config.via) != "pool":
         running = serve_identity()
         if running is not None:
-            check_same(identity, running)
+            check_same(facts, running)
             via = "serve"
         elif (stored or config.via) == "serve":
             raise InfrastructureError("--via serve: no Serve application 'assay' runs; deploy infra/serve.yaml first")
@@ -37,18 +34,8 @@ def choose_via(config: JobConfig, staging: Staging, identity: ScorerIdentity, sa
     return via
 
 
-def check_same(identity: ScorerIdentity, running: dict[str, Any]) -> None:
+def check_same(facts: Mapping[str, str], running: dict[str, Any]) -> None:
     """Raises ``ConfigError`` naming the first thing in which the running application differs from this job."""
-    mine = _facts(identity.checkpoints, identity.preprocessing_hash, identity.dtype, code_version())
-    theirs = _facts(running["checkpoints"], running["preprocessing_hash"], running["dtype"], running["code_version"])
-    for name in sorted(mine.keys() | theirs.keys()):
-        if mine.get(name) != theirs.get(name):
-            raise ConfigError(
-                f"the running Serve application differs in {name}: it has {theirs.get(name)}, this job "
-                f"{mine.get(name)}; deploy it again, or use --via pool"
-            )
-
-
-def _facts(checkpoints: Any, preprocessing_hash: str, dtype: str, code: str) -> dict[str, str]:
-    facts = {f"checkpoint {perspective}": str(value) for perspective, value in checkpoints.items()}
-    return {**facts, "preprocessing": preprocessing_hash, "dtype": dtype, "code": code}
+    difference = first_difference(facts, running["facts"])
+    if difference is not None:
+        raise ConfigError(f"the running Serve application differs in {difference}; deploy it again, or use --via pool")

@@ -115,9 +115,10 @@ preprocessor = load_preprocessor("demo")
 generations = pickle.load(sys.stdin.buffer)
 batch = [(one.generation_id, pack_arrays(one.arrays)) for one in preprocessor.preprocess(generations)]
 handle = serve.get_deployment_handle("Replica", "assay")
-records = handle.score_prepared.remote(batch, preprocessor.preprocessing_hash).result(timeout_s=60)
+facts = handle.identity.remote().result(timeout_s=60)["facts"]
+records = handle.score_prepared.remote(batch, facts).result(timeout_s=60)
 try:
-    handle.score_prepared.remote(batch, "another").result(timeout_s=60)
+    handle.score_prepared.remote(batch, {**facts, "checkpoint safety": "another"}).result(timeout_s=60)
     refusal = None
 except ConfigError as error:
     refusal = str(error)
@@ -144,7 +145,7 @@ def test_the_job_s_way_in_gives_the_same_rewards(stack: LocalStack, expected: di
     assert list(answer["rewards"]) == [g.generation_id for g in GENERATIONS]
     for name, rewards in answer["rewards"].items():
         assert rewards == pytest.approx(expected[name], abs=TOLERANCE)
-    assert "prepared with preprocessing another, but this replica needs" in answer["refusal"]
+    assert "differs in checkpoint safety" in answer["refusal"]
     assert answer["identity"]["code_version"] == code_version()
     assert answer["identity"]["preprocessing_hash"] == load("demo").preprocessing_hash
 

@@ -14,6 +14,7 @@ from deployments.replica import Item, Replica
 from model.code_version import code_version
 from model.errors import ConfigError, ErrorCode, InfrastructureError, OverloadedError, TransientError
 from model.fake import FakeScorer
+from model.identity import reward_facts
 from model.perspectives import PERSPECTIVES, Perspective
 from model.prepared_bytes import pack_arrays
 from model.schema import Generation
@@ -40,6 +41,10 @@ def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
     return run
 
 
+def facts_of(scorer: FakeScorer) -> dict[str, str]:
+    return reward_facts(scorer.identity, code_version())
+
+
 def test_score_gives_what_the_scorer_gives_in_order(use: Callable[..., Any]) -> None:
     reply = use(lambda replica: replica.score(items(GENERATIONS)))
     assert reply.records == FakeScorer().score(GENERATIONS)
@@ -50,7 +55,7 @@ def test_score_prepared_gives_the_same_rewards(use: Callable[..., Any]) -> None:
     scorer = FakeScorer()
     prepared = scorer.preprocess(GENERATIONS)
     packed = [(one.generation_id, pack_arrays(one.arrays)) for one in prepared]
-    records = use(lambda replica: replica.score_prepared(packed, scorer.preprocessing_hash))
+    records = use(lambda replica: replica.score_prepared(packed, facts_of(scorer)))
     assert [(r.generation_id, r.rewards) for r in records] == [
         (r.generation_id, r.rewards) for r in scorer.score(GENERATIONS)
     ]
@@ -82,8 +87,11 @@ def test_unknown_perspective_is_refused(use: Callable[..., Any]) -> None:
 
 
 def test_rows_prepared_for_another_checkpoint_are_refused(use: Callable[..., Any]) -> None:
-    with pytest.raises(ConfigError, match="prepared with preprocessing abc, but this replica needs"):
-        use(lambda replica: replica.score_prepared([], "abc"))
+    facts = facts_of(FakeScorer())
+    for name in facts:
+        # The same preprocessing and other weights, or other code: each alone would give other rewards.
+        with pytest.raises(ConfigError, match=f"differs in {name}: here .*, there another"):
+            use(lambda replica, name=name: replica.score_prepared([], {**facts, name: "another"}))
 
 
 def test_identity_says_what_decides_a_reward(use: Callable[..., Any]) -> None:
@@ -98,6 +106,7 @@ def test_identity_says_what_decides_a_reward(use: Callable[..., Any]) -> None:
         "licence": "Apache-2.0",
         "vector_perspectives": [],
         "code_version": code_version(),
+        "facts": facts_of(FakeScorer()),
         "has_golden": False,
     }
 
@@ -173,7 +182,7 @@ def test_a_job_batch_is_cut_and_online_goes_between(use: Callable[..., Any]) -> 
     packed = [(one.generation_id, pack_arrays(one.arrays)) for one in scorer.preprocess(GENERATIONS)]
 
     async def scenario(replica: Replica) -> None:
-        job = asyncio.create_task(replica.score_prepared(packed, scorer.preprocessing_hash))
+        job = asyncio.create_task(replica.score_prepared(packed, facts_of(scorer)))
         while not sizes:
             await asyncio.sleep(0.001)
         await replica.score(items(GENERATIONS[:1]))

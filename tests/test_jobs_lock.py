@@ -10,7 +10,7 @@ import pytest
 
 from jobs import lock as lock_module
 from jobs.lock import NightLock
-from model.errors import ConfigError, InfrastructureError
+from model.errors import ConfigError, InfrastructureError, TransientError
 from tests.job_helpers import NIGHT
 
 
@@ -89,3 +89,28 @@ def test_nights_do_not_hinder_each_other(tmp_path):
     other = NightLock(str(tmp_path), NIGHT.replace(day=1), "other", lambda line: None, lambda: None)
     with night_lock(tmp_path, "one"), other as held:
         held.check()
+
+
+def test_a_holder_that_cannot_renew_stops_itself(tmp_path, monkeypatch):
+    lost = threading.Event()
+    with night_lock(tmp_path, "holder", lost.set) as held:
+        monkeypatch.setattr(threading, "excepthook", lambda failure: None)
+
+        def refuse(*args, **kwargs):
+            raise OSError("disk full")
+
+        monkeypatch.setattr(lock_module.storage, "put", refuse)
+        assert lost.wait(2)
+        with pytest.raises(InfrastructureError, match="could not be renewed"):
+            held.check()
+
+
+def test_a_lock_that_cannot_be_released_is_no_failure_of_the_run(tmp_path, monkeypatch):
+    said: list[str] = []
+    with NightLock(str(tmp_path), NIGHT, "run", said.append, lambda: None):
+
+        def refuse(*args, **kwargs):
+            raise TransientError("away")
+
+        monkeypatch.setattr(lock_module.storage, "put", refuse)
+    assert "was not released" in said[0]

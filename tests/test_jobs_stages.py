@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from jobs.parquet import FACTS_SCHEMA
-from jobs.stages import RunFacts, finish, hide
-from model.errors import ErrorCode, Stage
+from jobs.stages import HASH_KEY_VARIABLE, RunFacts, check_hash_key, finish, hash_key, hide, key_print
+from model.errors import ConfigError, ErrorCode, Stage
 from model.perspectives import PERSPECTIVES, Perspective
 from model.schema import RowError, ScoreRecord
 from tests.job_helpers import staged_row
@@ -44,6 +44,26 @@ def test_an_error_of_the_scorer_leaves_no_reward_behind():
 def test_an_earlier_error_stays():
     done = finish(row(error_code="image_empty", error_stage="decode", error_message="0 bytes"), None, FACTS)
     assert (done["status"], done["error_code"]) == ("error", "image_empty")
+
+
+@pytest.mark.parametrize("facts", [{"drop_columns": ("image_uri",)}, {"hash_columns": ("image_uri",)}])
+def test_a_message_gives_no_hidden_uri_away(facts):
+    uri = "s3://b/x?X-Amz-Signature=SECRET"
+    failed = {"error_code": "image_not_found", "error_stage": "fetch", "error_message": f"image_uri {uri!r}: gone"}
+    done = row(image_uri=uri, **failed)
+    hide(done, RunFacts("run", {}, "p", "0", **facts), b"key")
+    assert "SECRET" not in str(done)
+    assert done["error_message"].startswith("image_not_found")
+
+
+def test_a_worker_without_the_key_refuses_to_hash(monkeypatch):
+    monkeypatch.setenv(HASH_KEY_VARIABLE, "driver")
+    facts = RunFacts("run", {}, "p", "0", hash_columns=("prompt",), hash_key_print=key_print(hash_key()))
+    check_hash_key(facts)
+    for other in ("", "another"):
+        monkeypatch.setenv(HASH_KEY_VARIABLE, other)
+        with pytest.raises(ConfigError, match=HASH_KEY_VARIABLE):
+            check_hash_key(facts)
 
 
 @pytest.mark.parametrize("prompt", ["a secret", "", None])
