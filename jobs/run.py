@@ -148,7 +148,7 @@ def _run_locked(run: _Run) -> Manifest:
         return _finished(run, published)
     else:
         pieces = shards(scan, config.rows_per_shard)
-        work = _Work("scored", Staging(config.output, key, config.rows_per_shard, len(pieces)), pieces, scan.rows)
+        work = _Work("scored", Staging.open(config.output, key, config.rows_per_shard, len(pieces)), pieces, scan.rows)
     via, snapshot, rows_before = _stage(run, work, scan)
     return _publish(run, work, scan, key, published, via, snapshot, rows_before, started)
 
@@ -174,7 +174,7 @@ def _dead_letters_of(published: Manifest, config: JobConfig, scan: Scan) -> _Wor
     pieces = [slices] if slices else []
     rows = sum(len(piece.only_rows or ()) for piece in slices)
     return _Work(
-        "retried", Staging(config.output, key, config.rows_per_shard, len(pieces)), pieces, rows, base=published
+        "retried", Staging.open(config.output, key, config.rows_per_shard, len(pieces)), pieces, rows, base=published
     )
 
 
@@ -205,7 +205,7 @@ def _stage(run: _Run, work: _Work, scan: Scan) -> tuple[Via, Snapshot, int]:
             except ray.exceptions.RayError:
                 if reason := ray.get(progress.stop_reason.remote()):
                     # Committed rows would come back as results when the outage is over.
-                    staging.remove()
+                    staging.abandon()
                     raise SystemicFailureError(reason) from None
                 raise
             staging.mark_done(shard)
@@ -241,7 +241,7 @@ def _publish(
     content = write_content([work.staging.files(), kept], target, policy)
     if content.rows < scan.rows:
         # What is missing will not come back by itself: the next run must not believe the markers.
-        work.staging.remove()
+        work.staging.abandon()
     check_rows(content, scan.rows)
     manifest = Manifest(
         date=config.date,

@@ -1,15 +1,15 @@
 """Where a run keeps its unpublished work, and what an earlier attempt at the same work has left there.
 
-``staging/<run key>/by-S/shard-N/*.parquet`` are scored rows of shards of S rows, ``checkpoints/<run key>/by-S/shard-N``
-Ray's record of which of them are committed, ``shard-N.done`` beside them the completion marker of a shard, and
-``staging/<run key>/run.json`` the way of scoring that was chosen. S is part of the path because shard N of another
-size holds other rows.
+``staging/<run key>/S-G/shard-N/*.parquet`` are scored rows, ``checkpoints/<run key>/S-G/shard-N`` is Ray's record of
+which of them are committed, ``shard-N.done`` beside them the completion marker of a shard, and ``run.json`` the way of
+scoring that was chosen. S is the size of a shard, because shard N of another size holds other rows; G counts how often
+the work was abandoned, because tasks of an abandoned run may write for a while after it has ended.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pyarrow.parquet as pq
@@ -29,14 +29,22 @@ class Staging:
     run_key: str
     rows_per_shard: int
     shards: int
+    generation: int = 0
+
+    @classmethod
+    def open(cls, output: str, run_key: str, rows_per_shard: int, shards: int) -> Staging:
+        """The work of this key that has not been abandoned."""
+        fresh = cls(output, run_key, rows_per_shard, shards)
+        uri = fresh._generation_uri()
+        return replace(fresh, generation=int(storage.get(uri)) if exists(uri) else 0)
 
     def rows_uri(self, shard: int) -> str:
         """Folder of the scored rows of a shard."""
-        return storage.join(self.output, f"staging/{self.run_key}/by-{self.rows_per_shard}/shard-{shard:05d}")
+        return storage.join(self.output, f"staging/{self.run_key}/{self._folder()}/shard-{shard:05d}")
 
     def checkpoint_uri(self, shard: int) -> str:
         """Folder of Ray's checkpoint of a shard."""
-        return storage.join(self.output, f"checkpoints/{self.run_key}/by-{self.rows_per_shard}/shard-{shard:05d}")
+        return storage.join(self.output, f"checkpoints/{self.run_key}/{self._folder()}/shard-{shard:05d}")
 
     def is_done(self, shard: int) -> bool:
         """Whether every row of the shard is committed."""
@@ -85,15 +93,21 @@ class Staging:
         """Kept on resume, so that one night is not scored in two ways."""
         storage.put(self._run_uri(), json.dumps({"via": via}).encode())
 
-    def remove(self) -> None:
-        """Forgets all of it: published, or not worth keeping. What a kill leaves, gc removes.
+    def abandon(self) -> None:
+        """Lets the next run begin afresh: what lies here must not become a result. gc removes it."""
+        storage.put(self._generation_uri(), str(self.generation + 1).encode())
 
-        Checkpoints and markers go first: rows that count as done while their data is gone would be lost.
-        """
+    def remove(self) -> None:
+        """After publication nothing here is of use; what a kill or a late task leaves, gc removes."""
         for folder in ("checkpoints", "staging"):
-            entries = storage.list_if_any(storage.join(self.output, f"{folder}/{self.run_key}"))
-            for entry in sorted(entries, key=lambda entry: entry.uri.endswith(".parquet")):
+            for entry in storage.list_if_any(storage.join(self.output, f"{folder}/{self.run_key}")):
                 storage.delete(entry.uri)
+
+    def _folder(self) -> str:
+        return f"{self.rows_per_shard}-{self.generation}"
+
+    def _generation_uri(self) -> str:
+        return storage.join(self.output, f"staging/{self.run_key}/generation")
 
     def _done_uri(self, shard: int) -> str:
         return f"{self.rows_uri(shard)}.done"

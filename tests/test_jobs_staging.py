@@ -14,7 +14,7 @@ def staging(tmp_path):
 
 
 def test_a_kill_between_copy_and_delete_of_a_commit_leaves_the_committed_one(staging, tmp_path):
-    folder = tmp_path / "checkpoints/key/by-100/shard-00000"
+    folder = tmp_path / "checkpoints/key/100-0/shard-00000"
     folder.mkdir(parents=True)
     for name in ("a.parquet", "a.pending.parquet", "b.pending.parquet", "c.parquet"):
         (folder / name).touch()
@@ -47,6 +47,17 @@ def test_the_way_of_scoring_is_kept_and_all_of_it_can_be_forgotten(staging, tmp_
     assert staging.stored_via() is None
     assert not staging.is_done(0)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_tasks_of_abandoned_work_write_where_nobody_reads(tmp_path):
+    first = Staging.open(str(tmp_path), "key", 100, 1)
+    first.abandon()
+    write_staged(staging_path(first, "late.parquet"), [staged_row("log", "v", 1)])
+    first.mark_done(0)
+    again = Staging.open(str(tmp_path), "key", 100, 1)
+    assert (again.generation, again.committed_rows(), again.is_complete()) == (1, 0, False)
+    again.abandon()
+    assert Staging.open(str(tmp_path), "key", 100, 1).generation == 2
 
 
 def staging_path(staging, name):
