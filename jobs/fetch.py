@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import posixpath
+import errno
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 
 from model import storage
 from model.errors import ConfigError, ErrorCode, InputError, Stage, TransientError
+
+_MAX_KEY_BYTES = 1024  # of UTF-8, for S3 and all that copy it; a longer one is answered 400
+_STATUS = re.compile(r"status code: (\d{3}[^:\n]*)")  # in obstore's messages
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,17 @@ def resolve(uri: str, rules: FetchRules) -> str:
         raise _refused(
             ErrorCode.BUCKET_NOT_ALLOWED, uri, f"bucket {bucket!r} is not allowed ({allowed}); use --allow-bucket"
         )
+    _check_key(key, uri)
     return uri
+
+
+def _check_key(key: str, uri: str) -> None:
+    """Refuses keys that the client would read as another object's: it drops slashes at the ends without a word."""
+    if len(key.encode()) > _MAX_KEY_BYTES:
+        raise _refused(ErrorCode.BAD_IMAGE_URI, uri, f"key longer than {_MAX_KEY_BYTES} bytes")
+    if {"", ".", ".."} & set(key.split("/")):
+        reason = "a key with an empty, '.' or '..' part, or a slash at an end, cannot be read; copy it to another key"
+        raise _refused(ErrorCode.BAD_IMAGE_URI, uri, reason)
 
 
 def _under_root(path: str, uri: str, rules: FetchRules) -> str:
@@ -82,10 +96,15 @@ def _under_root(path: str, uri: str, rules: FetchRules) -> str:
     if ".." in path.split("/") or "\0" in path:
         raise _refused(ErrorCode.BAD_IMAGE_URI, uri, "a path must stay below --image-root")
     if storage.is_s3(root):
-        return storage.join(root, posixpath.normpath(path))
+        full_uri = f"{root.rstrip('/')}/{path}"
+        _check_key(storage.split_s3(full_uri)[1], uri)
+        return full_uri
     # Links are followed before the comparison: a link inside the root must not lead out of it.
     base = storage.local_path(root).resolve()
-    full = (base / path).resolve()
+    try:
+        full = (base / path).resolve()
+    except (OSError, RuntimeError) as error:  # a name too long, or links in a circle
+        raise _refused(ErrorCode.BAD_IMAGE_URI, uri, f"not a usable path: {_short(error)}") from error
     if not full.is_relative_to(base):
         raise _refused(ErrorCode.BAD_IMAGE_URI, uri, "a path must stay below --image-root")
     return str(full)
@@ -96,7 +115,11 @@ async def _read_s3(uri: str, max_bytes: int) -> bytes:
 
     bucket, key = storage.split_s3(uri)
     try:
-        reply: Any = await get_async(storage.image_store(bucket), key)
+        store = storage.image_store(bucket)
+    except PermissionError as error:
+        raise _refused(ErrorCode.IMAGE_FORBIDDEN, uri, str(error)) from error
+    try:
+        reply: Any = await get_async(store, key)
         if reply.meta["size"] > max_bytes:
             raise _too_large(uri, reply.meta["size"], max_bytes)
         return bytes(await reply.bytes_async())
@@ -105,10 +128,18 @@ async def _read_s3(uri: str, max_bytes: int) -> bytes:
     except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
         raise _refused(ErrorCode.IMAGE_FORBIDDEN, uri, "access denied; check keys and bucket policy") from error
     except (exceptions.InvalidPathError, ValueError) as error:
-        raise _refused(ErrorCode.BAD_IMAGE_URI, uri, f"not a usable key: {str(error)[:200]}") from error
-    except exceptions.GenericError as error:
-        # What is left after the client's own retries: server errors, resets, time-outs.
-        raise TransientError(str(error).partition("\n")[0][:300]) from error
+        raise _refused(ErrorCode.BAD_IMAGE_URI, uri, f"not a usable key: {_short(error)}") from error
+    except (
+        exceptions.GenericError,
+        exceptions.AlreadyExistsError,
+        exceptions.PreconditionError,
+        exceptions.NotModifiedError,
+        exceptions.NotSupportedError,
+    ) as error:
+        # What is left after the client's own retries: server errors, resets, time-outs, and answers that make
+        # no sense for a read (409, 412, 304, 501).
+        status = _STATUS.search(str(error))
+        raise TransientError(f"S3 answered {status[1].strip()}" if status else _short(error)) from error
 
 
 def _read_local(path: str, max_bytes: int) -> bytes:
@@ -122,10 +153,18 @@ def _read_local(path: str, max_bytes: int) -> bytes:
             return file.read(max_bytes)
     except PermissionError as error:
         raise _refused(ErrorCode.IMAGE_FORBIDDEN, path, "no permission to read it") from error
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise _refused(ErrorCode.BAD_IMAGE_URI, path, f"not a usable path: {error.strerror}") from error
 
 
 def _refused(code: ErrorCode, uri: str, reason: str) -> InputError:
     return InputError(code, Stage.FETCH, f"image_uri {uri[:300]!r}: {reason}")
+
+
+def _short(error: Exception) -> str:
+    return str(error).partition("\n")[0][:300]
 
 
 def _too_large(uri: str, size: int, max_bytes: int) -> InputError:

@@ -5,7 +5,8 @@ boto3's CPU per object), pyarrow for Parquet. All three are imported when called
 come from the environment and boto3's usual chain; nothing here takes or logs a secret.
 
 Errors: ``FileNotFoundError``, ``PermissionError``, ``FileExistsError`` (conditional put), ``ConfigError``
-(unusable URI) and ``TransientError`` (still failing after the retries). Anything else is unknown and propagates.
+(unusable URI, profile, region or endpoint) and ``TransientError`` (still failing after the retries). Anything
+else is unknown and propagates.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ MAX_CONTROL_BYTES = 256 * 2**20  # manifests, reports, policies: far below this,
 _CONNECT_TIMEOUT_S = 5
 _READ_TIMEOUT_S = 30
 _ATTEMPTS = 8  # with standard back-off and jitter; 8 lost no read at a 30 % fault rate
+_PROBE_ATTEMPTS = 2  # of a connection that may lead nowhere: two time-outs and a back-off stay below 15 s
 _TEMPORARY = ".tmp-"
+_SET_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 _MISSING = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
 _FORBIDDEN = {
@@ -137,29 +140,33 @@ def get_file(uri: str, target: Path) -> None:
     shutil.copyfile(local_path(uri), target)
 
 
-def list_objects(prefix: str, *, is_probe: bool = False) -> Iterator[StoredObject]:
+def list_objects(prefix: str, *, is_probe: bool = False, with_temporary: bool = False) -> Iterator[StoredObject]:
     """Everything below ``prefix`` (taken as a folder), by name; a file's own URI gives that file.
 
-    ``is_probe`` makes few attempts, for the first look at a path that may be wrong. An absent S3 prefix
-    gives nothing; an absent bucket or local folder raises ``FileNotFoundError``.
+    ``is_probe``: for the first look at a path that may be wrong; a server that cannot be reached is an error
+    soon, one that answers with errors is still asked as often as ever. ``with_temporary``: also the local files
+    that a killed ``put`` left half written. An absent S3 prefix gives nothing; an absent bucket or local folder
+    raises ``FileNotFoundError``.
     """
     if is_s3(prefix):
-        yield from _list_s3(prefix, attempts=2 if is_probe else _ATTEMPTS)
+        if is_probe:
+            _check_reachable(prefix)
+        yield from _list_s3(prefix)
         return
     root = local_path(prefix)
     if not root.exists():
         raise FileNotFoundError(f"no such file or folder: {root}")
     files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
     for path in files:
-        if not path.name.startswith(_TEMPORARY):
+        if with_temporary or not path.name.startswith(_TEMPORARY):
             yield _stat(path)
 
 
-def list_if_any(prefix: str) -> list[StoredObject]:
+def list_if_any(prefix: str, *, with_temporary: bool = False) -> list[StoredObject]:
     """Everything below ``prefix``; an absent local folder holds nothing, as an absent S3 prefix does."""
     if not is_s3(prefix) and not local_path(prefix).exists():
         return []
-    return list(list_objects(prefix))
+    return list(list_objects(prefix, with_temporary=with_temporary))
 
 
 def head(uri: str) -> StoredObject:
@@ -220,7 +227,6 @@ def _client(attempts: int = _ATTEMPTS) -> Any:
 
 @lru_cache(maxsize=16)
 def _boto3_client(environment: _Environment, attempts: int) -> Any:
-    import boto3
     from botocore.config import Config
 
     config = Config(
@@ -231,9 +237,21 @@ def _boto3_client(environment: _Environment, attempts: int) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    # A session of its own: boto3's default one keeps the credentials that it first found.
-    session = boto3.Session(region_name=environment.region)
-    return session.client("s3", endpoint_url=environment.endpoint, config=config)
+    try:
+        return _session(environment).client("s3", endpoint_url=environment.endpoint, config=config)
+    except ValueError as error:  # botocore has no exception of its own for an endpoint that is no URL
+        raise ConfigError(f"AWS_ENDPOINT_URL={environment.endpoint!r} cannot be used: {_one_line(error)}") from error
+
+
+def _session(environment: _Environment) -> Any:
+    """A session of its own: boto3's default one keeps the credentials that it first found."""
+    import boto3
+    from botocore.exceptions import ProfileNotFound
+
+    try:
+        return boto3.Session(region_name=environment.region)
+    except ProfileNotFound as error:
+        raise ConfigError(f"AWS_PROFILE cannot be used: {error}") from error
 
 
 @lru_cache(maxsize=4)
@@ -256,27 +274,52 @@ def _arrow_s3(environment: _Environment) -> FileSystem:
 def _image_store(bucket: str, environment: _Environment) -> Any:
     from datetime import timedelta
 
-    import boto3
     from obstore.auth.boto3 import Boto3CredentialProvider
     from obstore.store import S3Store
 
+    try:
+        credentials = Boto3CredentialProvider(_session(environment))
+    except ValueError as error:
+        raise PermissionError(f"no S3 credentials for bucket {bucket}; {_SET_KEYS}") from error
     # An IP or localhost endpoint is spoken to by path; https stays required unless the endpoint says http.
     is_plain = (environment.endpoint or "").startswith("http://")
+    # obstore refuses ``endpoint=None``: for AWS itself there must be none.
+    endpoint = {"endpoint": environment.endpoint} if environment.endpoint else {}
     return S3Store(
         bucket,
         region=environment.region,
-        endpoint=environment.endpoint,
-        credential_provider=Boto3CredentialProvider(boto3.Session(region_name=environment.region)),
+        **endpoint,
+        credential_provider=credentials,
         client_options={"allow_http": is_plain, "connect_timeout": "5s", "timeout": "30s"},
         retry_config={"max_retries": 10, "retry_timeout": timedelta(seconds=60)},
     )
 
 
-def _list_s3(prefix: str, attempts: int) -> Iterator[StoredObject]:
+def _check_reachable(prefix: str) -> None:
+    """Raises ``TransientError`` where no connection to the server comes about; what it answers is not judged here."""
+    from botocore import exceptions
+
+    bucket, key = split_s3(prefix)
+    unreachable = (
+        exceptions.EndpointConnectionError,
+        exceptions.ConnectTimeoutError,
+        exceptions.ProxyConnectionError,
+        exceptions.SSLError,
+    )
+    with _translated(prefix):
+        try:
+            _client(_PROBE_ATTEMPTS).list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+        except unreachable:
+            raise
+        except (exceptions.ClientError, exceptions.HTTPClientError):
+            return  # the listing asks again, with all attempts
+
+
+def _list_s3(prefix: str) -> Iterator[StoredObject]:
     bucket, key = split_s3(prefix)
     folder = key if not key or key.endswith("/") else f"{key}/"
     with _translated(prefix):
-        pages = _client(attempts).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
         for page in pages:
             for entry in page.get("Contents", []):
                 # The prefix is a folder or one whole key: ``logs`` must not match ``logs-old/x``.
@@ -303,11 +346,64 @@ def _translated(uri: str) -> Iterator[None]:
     except S3UploadFailedError as error:
         raise TransientError(f"upload of {uri} failed: {error}") from error
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
-        raise PermissionError(
-            f"no S3 credentials for {uri}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        ) from error
+        raise PermissionError(f"no S3 credentials for {uri}; {_SET_KEYS}") from error
+    except _credential_errors() as error:
+        raise PermissionError(f"no usable S3 credentials for {uri}: {_one_line(error)}") from error
+    except _configuration_errors() as error:
+        raise ConfigError(f"S3 cannot be used for {uri}: {_one_line(error)}") from error
     except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
-        raise TransientError(f"S3 did not answer for {uri}: {error}") from error
+        raise TransientError(f"S3 did not answer for {uri}: {_one_line(error)}") from error
+
+
+def _credential_errors() -> tuple[type[Exception], ...]:
+    """Credentials are named but cannot be had, or are no longer good."""
+    from botocore import exceptions
+
+    return (
+        exceptions.CredentialRetrievalError,
+        exceptions.UnknownCredentialError,
+        exceptions.RefreshWithMFAUnsupportedError,
+        exceptions.SSOError,
+        exceptions.TokenRetrievalError,
+        exceptions.NoAuthTokenError,
+    )
+
+
+def _configuration_errors() -> tuple[type[Exception], ...]:
+    """What botocore says of settings that no retry mends: a bucket's name, profile, region, or an AWS_* variable."""
+    from botocore import exceptions
+
+    return (
+        exceptions.ParamValidationError,
+        exceptions.ConfigNotFound,
+        exceptions.ConfigParseError,
+        exceptions.InfiniteLoopConfigError,
+        exceptions.InvalidConfigError,
+        exceptions.NoRegionError,
+        exceptions.InvalidRegionError,
+        exceptions.EndpointProviderError,
+        exceptions.UnknownEndpointError,
+        exceptions.EndpointVariantError,
+        exceptions.InvalidEndpointConfigurationError,
+        exceptions.InvalidDefaultsMode,
+        exceptions.InvalidMaxRetryAttemptsError,
+        exceptions.InvalidRetryConfigurationError,
+        exceptions.InvalidRetryModeError,
+        exceptions.InvalidS3AddressingStyleError,
+        exceptions.InvalidS3UsEast1RegionalEndpointConfigError,
+        exceptions.InvalidSTSRegionalEndpointsConfigError,
+        exceptions.InvalidIMDSEndpointError,
+        exceptions.InvalidIMDSEndpointModeError,
+        exceptions.InvalidProxiesConfigError,
+        exceptions.InvalidChecksumConfigError,
+        exceptions.UnsupportedS3ConfigurationError,
+        exceptions.UnsupportedS3AccesspointConfigurationError,
+        exceptions.MissingDependencyException,
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _from_code(uri: str, error: Any) -> Exception:

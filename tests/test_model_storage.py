@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import re
 import time
 
 import boto3
@@ -143,6 +145,64 @@ def test_an_absent_server_is_an_error_soon(monkeypatch):
     assert time.monotonic() - started < 15
 
 
+@pytest.mark.parametrize(
+    ("uri", "environment", "message"),
+    [
+        ("s3://Bad_Bucket!/x", {}, "Bad_Bucket!"),
+        ("s3://b/x", {"AWS_PROFILE": "nope"}, "nope"),
+        ("s3://b/x", {"AWS_ENDPOINT_URL": "no url"}, "AWS_ENDPOINT_URL='no url'"),
+        ("s3://b/x", {"AWS_REGION": "no region!"}, "no region!"),
+        ("s3://b/x", {"AWS_CONFIG_FILE": "broken"}, "broken"),
+        ("s3://b/x", {"AWS_DEFAULTS_MODE": "fast"}, "fast"),
+    ],
+)
+def test_unusable_settings_are_configuration_errors_in_one_line(monkeypatch, tmp_path, uri, environment, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken").write_text("[default\nx")
+    keys = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+    for name, value in (keys | environment).items():
+        monkeypatch.setenv(name, value)
+    storage._boto3_client.cache_clear()
+    try:
+        for call in (storage.get, storage.head, lambda uri: list(storage.list_objects(uri, is_probe=True))):
+            with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+                call(uri)
+            assert "\n" not in str(caught.value)
+    finally:
+        storage._boto3_client.cache_clear()
+
+
+def test_the_first_look_bears_a_third_of_the_requests_failing(s3_server, monkeypatch):
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    bucket = new_bucket(s3_server)
+    storage.put(f"s3://{bucket}/a", b"")
+    with FaultProxy(s3_server.endpoint, probability=0.3, seed=1) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        for _ in range(25):
+            assert len(list(storage.list_objects(f"s3://{bucket}", is_probe=True))) == 1
+        assert proxy.faults > 5
+
+
+def test_left_overs_of_a_killed_put_are_listed_on_request(tmp_path):
+    storage.put(str(tmp_path / "x"), b"1")
+    (tmp_path / ".tmp-1-abc-x").write_bytes(b"1")
+    assert [entry.uri for entry in storage.list_objects(str(tmp_path))] == [str(tmp_path / "x")]
+    both = [str(tmp_path / ".tmp-1-abc-x"), str(tmp_path / "x")]
+    assert [entry.uri for entry in storage.list_objects(str(tmp_path), with_temporary=True)] == both
+    assert [entry.uri for entry in storage.list_if_any(str(tmp_path), with_temporary=True)] == both
+    assert storage.list_if_any(str(tmp_path / "nowhere"), with_temporary=True) == []
+
+
+def test_the_stores_of_aws_itself_need_no_endpoint(monkeypatch):
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+    assert "bucket-of-aws" in repr(storage.image_store("bucket-of-aws"))
+    assert storage.arrow_filesystem("s3://bucket-of-aws/a")[1] == "bucket-of-aws/a"
+
+
 def test_images_are_read_and_each_failure_is_named(bucket):
     storage.put(f"s3://{bucket}/i/a.png", b"1" * 100)
     storage.put(f"s3://{bucket}/i/b.png", b"2" * 101)
@@ -162,7 +222,19 @@ def test_images_are_read_and_each_failure_is_named(bucket):
     assert [results[0], results[3], results[4]] == [b"1" * 100, b"", b"odd"]
     codes = [results[index].code for index in (1, 2, 5, 6)]
     assert codes[:3] == [ErrorCode.IMAGE_TOO_MANY_BYTES, ErrorCode.IMAGE_NOT_FOUND, ErrorCode.IMAGE_NOT_FOUND]
-    assert codes[3] in (ErrorCode.IMAGE_NOT_FOUND, ErrorCode.BAD_IMAGE_URI)
+    assert codes[3] == ErrorCode.BAD_IMAGE_URI
+
+
+def test_a_slash_more_is_another_object(bucket):
+    client = boto3.Session().client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    for key in ("a/b", "x"):
+        storage.put(f"s3://{bucket}/{key}", b"wrong")
+    for key in ("a//b", "/x"):
+        client.put_object(Bucket=bucket, Key=key, Body=b"meant")
+    rules = FetchRules(f"s3://{bucket}", frozenset({bucket}), 100, 4)
+    uris = [f"s3://{bucket}/a//b", f"s3://{bucket}//x", "a//b", "/x", "./x", "x/"]
+    results = asyncio.run(fetch_all(uris, rules))
+    assert [result.code for result in results] == [ErrorCode.BAD_IMAGE_URI] * len(uris)
 
 
 def test_no_read_is_lost_when_a_third_of_the_requests_fail(s3_server, monkeypatch):
