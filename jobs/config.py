@@ -10,7 +10,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from model import storage
 from model.errors import ConfigError
+from model.scorer import SHIPPED
 
 # Fields of a generation that a log column can be mapped to.
 FIELDS = ("generation_id", "created_at", "prompt", "image_uri", "image", "generator", "generator_version")
@@ -90,6 +92,21 @@ class JobConfig(BaseModel):
                 raise ValueError(f"{name}= names no column")
         return value
 
+    @field_validator("input", "output", "image_root")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        # Workers open these too, each in a folder of its own.
+        if value is None or storage.is_s3(value):
+            return value
+        return str(storage.local_path(value).absolute())
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _absolute_folder(cls, value: str) -> str:
+        # As ``model.scorer.resolve`` has it: a shipped name goes before a folder of that name.
+        is_shipped = value in [path.name for path in SHIPPED.iterdir()]
+        return str(Path(value).absolute()) if value and not is_shipped and Path(value).is_dir() else value
+
     @field_validator("drop_columns", "hash_columns")
     @classmethod
     def _private_columns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -110,7 +127,10 @@ def parse_arguments(argv: list[str]) -> JobConfig:
     values = _read_yaml(path) if path else {}
     flags = {name: value for name, value in arguments.items() if value is not None}
     if "map" in flags:
-        flags["map"] = {**values.get("map", {}), **_parse_map(flags["map"])}
+        in_file = values.get("map") or {}
+        if not isinstance(in_file, dict):
+            raise ConfigError(f"map: must be a mapping of fields to columns (got {in_file!r})")
+        flags["map"] = {**in_file, **_parse_map(flags["map"])}
     for name in ("drop_columns", "hash_columns"):
         if name in flags:
             flags[name] = [part for part in flags[name].split(",") if part]
@@ -120,7 +140,7 @@ def parse_arguments(argv: list[str]) -> JobConfig:
 def build(values: dict[str, Any]) -> JobConfig:
     """Validated configuration. Raises ``ConfigError`` in one line that names the first fault and its place."""
     try:
-        return JobConfig(**values)
+        return JobConfig.model_validate(values)
     except ValidationError as error:
         fault = error.errors()[0]
         place = ".".join(str(part) for part in fault["loc"])

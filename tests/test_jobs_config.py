@@ -45,6 +45,32 @@ def test_faults_are_named_in_one_line(arguments, message):
     assert "\n" not in str(caught.value)
 
 
+def test_local_paths_are_absolute_because_workers_open_them_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "demo").mkdir()
+    local = ["--date", "2026-11-20", "--input", "logs", "--output", "./out", "--image-root", "file://images"]
+    config = parse_arguments([*local, "--checkpoint", "weights"])
+    assert (config.input, config.output) == (f"{tmp_path}/logs", f"{tmp_path}/out")
+    assert (config.image_root, config.checkpoint) == (f"{tmp_path}/images", f"{tmp_path}/weights")
+    assert parse_arguments(local).checkpoint == "demo"  # the shipped one goes before a folder
+    assert parse_arguments([*local, "--checkpoint", "nothing"]).checkpoint == "nothing"
+    remote = parse_arguments(REQUIRED)
+    assert (remote.input, remote.output, remote.image_root) == ("s3://b/logs", "s3://b/out", None)
+    with pytest.raises(ConfigError, match="unsupported URI scheme 'ftp'"):
+        parse_arguments([*REQUIRED, "--output", "ftp://x/y"])
+
+
+@pytest.mark.parametrize("text", ["map: [a]", "map: a", "1: 2"])
+def test_a_map_or_key_of_the_wrong_kind_in_the_file_is_one_line(tmp_path, text):
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    for more in ([], ["--map", "prompt=x"]):
+        with pytest.raises(ConfigError) as caught:
+            parse_arguments([*REQUIRED, "--config", str(path), *more])
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("text", ["bacth_size: 3", "limits: {max_bytes: 1}", "- a", "{", "via: 3"])
 def test_unknown_keys_and_broken_files_are_refused(tmp_path, text):
     path = tmp_path / "job.yaml"
