@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
-from jobs.logs import Fault, LogFile
+from jobs.logs import Fault, LogFile, UnreadableValue
 from model.errors import ErrorCode, InputError, Stage
 
 WHOLE_FILE = -1  # row number of the one dead letter that stands for an unreadable file
@@ -48,6 +49,7 @@ class RowReader:
     columns: dict[str, str]  # field -> log column
     night: date
     is_partitioned: bool
+    max_image_bytes: int  # of an image in the row itself
 
     def in_night(self, raw: dict[str, Any] | Fault) -> bool:
         """Whether the row belongs to the night; one without a usable time belongs to the night asked for."""
@@ -65,7 +67,7 @@ class RowReader:
         if isinstance(raw, Fault):
             return _failed(row, ErrorCode.ROW_UNREADABLE, f"row {position} of {log.uri}: {raw.reason}")
         fields = dict(self.columns)
-        for name, parse in _PARSERS.items():
+        for name, parse in _parsers(self.max_image_bytes).items():
             try:
                 row[name] = parse(raw.get(fields[name]))
             except InputError as error:
@@ -101,6 +103,8 @@ def parse_id(value: Any) -> str | None:
     """``generation_id`` as text; None when null or empty. Numbers are legal ids."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
+    if isinstance(value, UnreadableValue):
+        raise InputError(ErrorCode.MISSING_ID, Stage.READ, f"generation_id cannot be read: {value.reason}")
     text = str(value)
     _require_utf8(text, ErrorCode.MISSING_ID, "generation_id")
     return text or None
@@ -131,48 +135,59 @@ def parse_time(value: Any) -> datetime | None:
 
 def _parse_prompt(value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
-        raise InputError(ErrorCode.BAD_PROMPT, Stage.READ, f"prompt is a {type(value).__name__}, not text")
+        raise InputError(ErrorCode.BAD_PROMPT, Stage.READ, f"prompt is a {_kind_of(value)}, not text")
     _require_utf8(value or "", ErrorCode.BAD_PROMPT, "prompt")
     return value
 
 
-def _parse_image(value: Any) -> bytes | None:
+def _parse_image(value: Any, max_bytes: int) -> bytes | None:
     """Bytes, base64 text (JSONL has no bytes), or a ``{"bytes": …}`` struct as image data sets write it."""
     if isinstance(value, dict):
         value = value.get("bytes")
-    if isinstance(value, str):
-        try:
-            return base64.b64decode(value, validate=True)
-        except binascii.Error as error:
-            message = f"image is neither bytes nor base64: {error}"
-            raise InputError(ErrorCode.IMAGE_NOT_AN_IMAGE, Stage.READ, message) from error
-    if value is None or isinstance(value, bytes):
+    if value is None:
+        return None
+    if not isinstance(value, bytes | str):
+        raise InputError(ErrorCode.IMAGE_NOT_AN_IMAGE, Stage.READ, f"image is a {_kind_of(value)}, not bytes")
+    size = len(value) if isinstance(value, bytes) else len(value) * 3 // 4 - value[-2:].count("=")
+    if size > max_bytes:
+        message = f"image has {size} bytes, which exceed max_image_bytes={max_bytes}"
+        raise InputError(ErrorCode.IMAGE_TOO_MANY_BYTES, Stage.READ, message)
+    if isinstance(value, bytes):
         return value
-    raise InputError(ErrorCode.IMAGE_NOT_AN_IMAGE, Stage.READ, f"image is a {type(value).__name__}, not bytes")
+    try:
+        return base64.b64decode(value, validate=True)
+    except ValueError as error:
+        message = f"image is neither bytes nor base64: {error}"
+        raise InputError(ErrorCode.IMAGE_NOT_AN_IMAGE, Stage.READ, message) from error
 
 
 def _parse_uri(value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
-        raise InputError(ErrorCode.BAD_IMAGE_URI, Stage.READ, f"image_uri is a {type(value).__name__}, not text")
+        raise InputError(ErrorCode.BAD_IMAGE_URI, Stage.READ, f"image_uri is a {_kind_of(value)}, not text")
     _require_utf8(value or "", ErrorCode.BAD_IMAGE_URI, "image_uri")
     return value or None
 
 
 def _parse_label(value: Any) -> str | None:
     # Names and versions decide nothing here: numbers are welcome, and broken text is mended rather than refused.
-    return None if value is None else str(value).encode("utf-8", "replace").decode("utf-8")
+    return (
+        None
+        if value is None or isinstance(value, UnreadableValue)
+        else str(value).encode("utf-8", "replace").decode("utf-8")
+    )
 
 
-# In this order: the first fault found is the row's error.
-_PARSERS = {
-    "generation_id": parse_id,
-    "created_at": parse_time,
-    "prompt": _parse_prompt,
-    "image_uri": _parse_uri,
-    "image": _parse_image,
-    "generator": _parse_label,
-    "generator_version": _parse_label,
-}
+def _parsers(max_image_bytes: int) -> dict[str, Callable[[Any], Any]]:
+    """How each field is read. In this order: the first fault found is the row's error."""
+    return {
+        "generation_id": parse_id,
+        "created_at": parse_time,
+        "prompt": _parse_prompt,
+        "image_uri": _parse_uri,
+        "image": partial(_parse_image, max_bytes=max_image_bytes),
+        "generator": _parse_label,
+        "generator_version": _parse_label,
+    }
 
 
 def _require_utf8(text: str, code: ErrorCode, field: str) -> None:
@@ -192,7 +207,10 @@ def _extras(raw: dict[str, Any], used: set[str]) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has fewer types than Parquet: times become ISO text, bytes base64, NaN and infinities text."""
+    """JSON has fewer types than Parquet: times become ISO text, bytes base64, NaN and infinities text.
+
+    Keys become text; a value that could not be read is null. Depth is bounded where the row was read.
+    """
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -205,11 +223,17 @@ def _plain(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, Decimal | timedelta):
         return str(value)
-    return value if value is None or isinstance(value, int | float | str) else str(value)
+    if value is None or isinstance(value, UnreadableValue):
+        return None
+    return value if isinstance(value, int | float | str) else str(value)
 
 
 def _shown(value: Any) -> str:
-    return repr(value)[:80]
+    return f"({value.reason[:80]})" if isinstance(value, UnreadableValue) else repr(value)[:80]
+
+
+def _kind_of(value: Any) -> str:
+    return "value that cannot be read" if isinstance(value, UnreadableValue) else type(value).__name__
 
 
 def _blank(log: LogFile, position: int) -> dict[str, Any]:

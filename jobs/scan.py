@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from jobs.config import JobConfig
+from jobs.config import FIELDS, JobConfig
 from jobs.logs import LogFile, UnreadableLogError, column_names, list_logs, read_rows
 from jobs.rows import RowReader, parse_id
 from model.errors import ConfigError, InputError
@@ -85,9 +85,8 @@ def scan_night(config: JobConfig) -> Scan:
 
 def row_reader(config: JobConfig, is_partitioned: bool) -> RowReader:
     """How rows of this run are understood."""
-    from jobs.config import FIELDS
-
-    return RowReader({name: config.column_of(name) for name in FIELDS}, config.date, is_partitioned)
+    columns = {name: config.column_of(name) for name in FIELDS}
+    return RowReader(columns, config.date, is_partitioned, config.limits.max_image_bytes)
 
 
 def check_columns(config: JobConfig, is_partitioned: bool, logs: list[LogFile], found: list[set[str]]) -> None:

@@ -19,6 +19,7 @@ from jobs.rows import ROW_SCHEMA, RowReader, unreadable_log
 from jobs.scan import Slice
 
 _ROWS_PER_TABLE = 256
+_BYTES_PER_TABLE = 64 * 2**20  # of inline images: a table ends early where they are large
 
 
 class LogSource(Datasource):  # type: ignore[misc]
@@ -56,11 +57,13 @@ class LogSource(Datasource):  # type: ignore[misc]
 def read_tables(piece: Slice, reader: RowReader, max_line_bytes: int) -> Iterator[pa.Table]:
     """Tables of ``ROW_SCHEMA`` with every row of the slice that belongs to the night, each exactly once."""
     rows: list[dict[str, Any]] = []
+    image_bytes = 0
     for row in _rows(piece, reader, max_line_bytes):
         rows.append(row)
-        if len(rows) == _ROWS_PER_TABLE:
+        image_bytes += len(row["image"] or b"")
+        if len(rows) == _ROWS_PER_TABLE or image_bytes >= _BYTES_PER_TABLE:
             yield pa.Table.from_pylist(rows, ROW_SCHEMA)
-            rows = []
+            rows, image_bytes = [], 0
     if rows:
         yield pa.Table.from_pylist(rows, ROW_SCHEMA)
 
@@ -71,8 +74,6 @@ def _rows(piece: Slice, reader: RowReader, max_line_bytes: int) -> Iterable[dict
         yield unreadable_log(file.log, file.unreadable)
         return
     wanted = piece.wanted()
-    for position, raw in read_rows(file.log, max_line_bytes):
-        if position >= piece.end_row:
-            return
+    for position, raw in read_rows(file.log, max_line_bytes, first_row=piece.first_row, end_row=piece.end_row):
         if position in wanted:
             yield reader.row(file.log, position, raw, is_repeated=position in file.repeated)

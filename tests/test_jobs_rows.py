@@ -10,16 +10,18 @@ from decimal import Decimal
 import pytest
 
 from jobs.config import FIELDS
-from jobs.logs import Fault, LogFile
+from jobs.logs import Fault, LogFile, UnreadableValue
 from jobs.rows import ROW_SCHEMA, RowReader, parse_time
 from model.errors import ErrorCode, InputError
 from tests.job_helpers import NIGHT, NOON, generation
 
+MAX_IMAGE_BYTES = 1_000
+UNREADABLE = UnreadableValue("year 2942713 is out of range")
 LOG = LogFile("s3://b/logs/a.parquet", "etag", 1, "parquet")
 
 
 def reader(is_partitioned=True, **columns):
-    return RowReader({name: columns.get(name, name) for name in FIELDS}, NIGHT, is_partitioned)
+    return RowReader({name: columns.get(name, name) for name in FIELDS}, NIGHT, is_partitioned, MAX_IMAGE_BYTES)
 
 
 def read(raw, is_partitioned=True, is_repeated=False, **columns):
@@ -57,6 +59,16 @@ def test_a_sound_row_keeps_every_field_and_its_place():
         ({"image_uri": ["a"]}, ErrorCode.BAD_IMAGE_URI),
         ({"image": "no base64!"}, ErrorCode.IMAGE_NOT_AN_IMAGE),
         ({"image": 12}, ErrorCode.IMAGE_NOT_AN_IMAGE),
+        ({"image": "é"}, ErrorCode.IMAGE_NOT_AN_IMAGE),
+        ({"image": b"x" * 1_001}, ErrorCode.IMAGE_TOO_MANY_BYTES),
+        ({"image": base64.b64encode(b"x" * 1_001).decode()}, ErrorCode.IMAGE_TOO_MANY_BYTES),
+        ({"image": {"bytes": b"x" * 1_001}}, ErrorCode.IMAGE_TOO_MANY_BYTES),
+        ({"image": "!" * 10_000}, ErrorCode.IMAGE_TOO_MANY_BYTES),  # seen by its length, before it is decoded
+        ({"generation_id": UNREADABLE}, ErrorCode.MISSING_ID),
+        ({"created_at": UNREADABLE}, ErrorCode.BAD_TIMESTAMP),
+        ({"prompt": UNREADABLE}, ErrorCode.BAD_PROMPT),
+        ({"image": UNREADABLE}, ErrorCode.IMAGE_NOT_AN_IMAGE),
+        ({"image_uri": UNREADABLE}, ErrorCode.BAD_IMAGE_URI),
     ],
 )
 def test_each_fault_has_its_code_and_a_message(changes, code):
@@ -110,6 +122,17 @@ def test_column_mapping_may_use_one_column_twice():
 def test_inline_images_as_bytes_base64_and_struct():
     for value in (b"\x89PNG", base64.b64encode(b"\x89PNG").decode(), {"bytes": b"\x89PNG", "path": None}):
         assert read(generation(1, image=value, image_uri=None))["image"] == b"\x89PNG"
+
+
+def test_inline_images_up_to_the_limit_are_read():
+    data = b"x" * MAX_IMAGE_BYTES  # 1,000 bytes are 1,336 characters, two of them padding: 1,336 * 3 / 4 - 2
+    for value in (data, base64.b64encode(data).decode()):
+        assert read(generation(1, image=value, image_uri=None))["image"] == data
+
+
+def test_an_unreadable_extra_or_label_costs_only_itself():
+    row = read(generation(1, generator=UNREADABLE, until=UNREADABLE, seed=1))
+    assert (row["error_code"], row["generator"], row["extras"]) == (None, None, '{"until":null,"seed":1}')
 
 
 @pytest.mark.parametrize(
