@@ -17,21 +17,25 @@ import pyarrow.parquet as pq
 
 from jobs.hard_rows import (
     HARD_LINES,
+    LONG_NAME,
+    LONG_NAME_CHARACTERS,
     MISSING_OBJECT,
     UNREADABLE_PARQUET,
+    VALID_UNTIL,
     HardFields,
     HardRow,
     encode,
     hard_fields,
     hard_images,
     hard_json_fields,
+    hard_parquet_fields,
 )
+from jobs.rows import WHOLE_FILE
 from model import storage
 from model.errors import ErrorCode
 from model.images import MAX_IMAGE_BYTES
 from model.scenes import SIZES, draw
 
-WHOLE_FILE = -1
 _DRAWING_THREADS = 4  # drawing holds the interpreter lock half of the time; the rest is encoding and uploads
 
 # Format (Pillow's name), suffix, options: the fastest of each, for the disk matters less than the wait.
@@ -55,6 +59,8 @@ _FIELDS = [
     ("cfg", pa.float32()),
     ("user_name", pa.string()),
 ]
+
+_NAMES_BELOW_IMAGES = {MISSING_OBJECT: "no-such-object.png", LONG_NAME: f"{'x' * LONG_NAME_CHARACTERS}.png"}
 
 Row = dict[str, Any]
 
@@ -170,6 +176,7 @@ def _add_hard_rows(
     files["part-001.jsonl"] = _among(jsonl, in_jsonl)
     files["part-002.jsonl.gz"] = _among(gzipped, in_gzip)
     files["part-004-text-times.parquet"] = _text_times(template)
+    files["part-006-far-times.parquet"] = _field_entries(template, hard_parquet_fields(), images_uri)
 
 
 def _image_entries(template: Row, images_uri: str, seed: int, max_image_bytes: int) -> list[_Entry]:
@@ -187,8 +194,9 @@ def _field_entries(template: Row, kinds: Iterable[HardFields], images_uri: str) 
     entries = []
     for fields in kinds:
         changes = dict(fields.changes)
-        if changes.get("image_uri") == MISSING_OBJECT:
-            changes["image_uri"] = storage.join(images_uri, "no-such-object.png")
+        name = _NAMES_BELOW_IMAGES.get(str(changes.get("image_uri")))
+        if name is not None:
+            changes["image_uri"] = storage.join(images_uri, name)
         row = template | {"generation_id": f"hard-{fields.kind}"} | changes
         entries.append(_Entry(row, fields.kind, fields.expected_error_code))
     return entries
@@ -234,6 +242,8 @@ def _encode_log(name: str, entries: Sequence[_Entry]) -> bytes:
 def _parquet(rows: list[Row]) -> bytes:
     has_text_times = any(isinstance(row["created_at"], str) for row in rows)
     fields = [(name, pa.string() if name == "created_at" and has_text_times else kind) for name, kind in _FIELDS]
+    if any(VALID_UNTIL in row for row in rows):
+        fields.append((VALID_UNTIL, pa.date32()))
     buffer = BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), buffer, compression="zstd")
     return buffer.getvalue()
@@ -245,6 +255,7 @@ def _json_line(entry: _Entry) -> bytes:
     row = {name: value for name, value in entry.row.items() if name != "image"}
     if isinstance(row["created_at"], datetime):
         row["created_at"] = row["created_at"].isoformat()
-    if entry.row["image"] is not None:
-        row["image"] = base64.b64encode(entry.row["image"]).decode()
+    image = entry.row["image"]
+    if image is not None:
+        row["image"] = base64.b64encode(image).decode() if isinstance(image, bytes) else image
     return json.dumps(row).encode()

@@ -16,11 +16,18 @@ from PIL import Image
 
 from model.errors import ErrorCode
 
-MISSING_OBJECT = "a URI below the images at which nothing lies"  # put in by the writer, which knows where they are
+# Stand for URIs below the images; put in by the writer, which knows where those are.
+MISSING_OBJECT = "a URI at which nothing lies"
+LONG_NAME = "a URI that is longer than any store allows"
+LONG_NAME_CHARACTERS = 1_100  # a file name may have 255 bytes, an S3 key 1,024
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _EXIF_ORIENTATION = 0x0112
 _ROTATED_90 = 6  # the camera was turned: show it a quarter turn clockwise
 _LONG_PROMPT_CHARACTERS = 50_000
+_NESTED_LEVELS = 600
+VALID_UNTIL = "valid_until"  # a date column that only some logs have
+_FAR_DAYS = 2**30  # about the year 2,900,000
+_FAR_MICROSECONDS = 2**62  # about the year 148,000
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,7 @@ def hard_fields(forbidden_uri: str | None = None) -> Iterator[HardFields]:
     yield HardFields("missing_object", {"image_uri": MISSING_OBJECT}, ErrorCode.IMAGE_NOT_FOUND)
     if forbidden_uri is not None:
         yield HardFields("forbidden_object", {"image_uri": forbidden_uri}, ErrorCode.IMAGE_FORBIDDEN)
+    yield HardFields("very_long_name", {"image_uri": LONG_NAME}, ErrorCode.BAD_IMAGE_URI)
     yield HardFields("unknown_scheme", {"image_uri": "ftp://host/a.png"}, ErrorCode.URI_SCHEME_NOT_ALLOWED)
     yield HardFields("foreign_bucket", {"image_uri": "s3://somebody-else/a.png"}, ErrorCode.BUCKET_NOT_ALLOWED)
     yield HardFields("no_image", {"image_uri": None, "image": None}, ErrorCode.MISSING_IMAGE)
@@ -110,6 +118,17 @@ def hard_json_fields() -> Iterator[HardFields]:
     yield HardFields("lone_surrogate_in_prompt", {"prompt": "a red \ud800 ball"}, ErrorCode.BAD_PROMPT)
     yield HardFields("prompt_is_a_number", {"prompt": 42}, ErrorCode.BAD_PROMPT)
     yield HardFields("unparsable_timestamp", {"created_at": "yesterday noon"}, ErrorCode.BAD_TIMESTAMP)
+    yield HardFields("image_is_no_base64", {"image_uri": None, "image": "é"}, ErrorCode.IMAGE_NOT_AN_IMAGE)
+    nested: list[Any] = []
+    for _ in range(_NESTED_LEVELS):
+        nested = [nested]
+    yield HardFields("nested_too_deep", {"workflow": nested}, ErrorCode.ROW_UNREADABLE)
+
+
+def hard_parquet_fields() -> Iterator[HardFields]:
+    """Times that a Parquet file can hold and Python cannot, in units of their columns since 1970."""
+    yield HardFields("far_date_in_an_extra_column", {VALID_UNTIL: _FAR_DAYS})
+    yield HardFields("far_timestamp", {"created_at": _FAR_MICROSECONDS, VALID_UNTIL: None}, ErrorCode.BAD_TIMESTAMP)
 
 
 # Lines of a JSONL log that are no rows.
