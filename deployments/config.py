@@ -5,11 +5,12 @@ Unknown keys are refused here, because Ray accepts misspelt ones at every level 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from model.errors import ConfigError
+from model.scorer import DTYPES
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -80,10 +81,17 @@ class ServeArgs(_Strict):
     checkpoint: str
     policy: str
     device: str = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: str = "float32"
     replica: ReplicaArgs = ReplicaArgs()
     batching: BatchingArgs = BatchingArgs()
     ingress: IngressArgs = IngressArgs()
+
+    @field_validator("dtype")
+    @classmethod
+    def _dtype_that_scorers_load(cls, value: str) -> str:
+        if value not in DTYPES:
+            raise ValueError(f"{value!r} is not one of {', '.join(DTYPES)}")
+        return value
 
     @model_validator(mode="after")
     def _a_full_request_fits_the_queue(self) -> Self:
