@@ -37,6 +37,14 @@ class InputObject(_Strict):
     is_unreadable: bool = False
 
 
+class Reading(_Strict):
+    """How rows were found in the logs: what it takes to count them again. ``columns``: field -> log column."""
+
+    columns: dict[str, str]
+    is_partitioned: bool
+    max_line_bytes: int
+
+
 class Manifest(_Strict):
     """One version of one night. ``content_sha256``: over all rows sorted by ``row_key``, without run id and times."""
 
@@ -64,6 +72,7 @@ class Manifest(_Strict):
     policy_hash: str
     code_version: str
     is_trained: bool
+    reading: Reading | None = None
 
     @property
     def error_share(self) -> float:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from pathlib import Path
@@ -29,11 +29,10 @@ from model.perspectives import Perspective
 from model.policy import Policy, decide
 from model.schema import RUN_COLUMNS, STATUS_SCORED
 
-_BATCH_ROWS = 16_384
-_ROW_GROUP_ROWS = 65_536
+BATCH_ROWS = 16_384  # rows that are Python objects at one time
+ROW_GROUP_ROWS = 65_536
+_ROW_GROUP_BYTES = 256 * 2**20  # rows with long prompts end a row group sooner, so that memory stays bounded
 _SORT_MEMORY = "1GB"  # beyond it DuckDB spills to the temporary folder
-
-_HASHED_COLUMNS = tuple(name for name in PUBLISHED_SCHEMA.names if name not in RUN_COLUMNS)
 
 
 @dataclass
@@ -68,15 +67,19 @@ class Target:
 
 
 class ContentHash:
-    """sha256 over canonical JSON of each row in order, without the columns that two equal runs may differ in."""
+    """sha256 over canonical JSON of each row in order, without the columns that two equal runs may differ in.
 
-    def __init__(self) -> None:
+    ``columns``: those of the files, in their order. A night of another minor schema version has others.
+    """
+
+    def __init__(self, columns: Iterable[str] = PUBLISHED_SCHEMA.names) -> None:
+        self._columns = tuple(name for name in columns if name not in RUN_COLUMNS)
         self._hash = hashlib.sha256()
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Adds published rows."""
         for row in rows:
-            values = [_canonical(row[name]) for name in _HASHED_COLUMNS]
+            values = [_canonical(row[name]) for name in self._columns]
             self._hash.update(json.dumps(values, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
 
     def hexdigest(self) -> str:
@@ -120,22 +123,29 @@ def sorted_rows(sources: Sequence[Sequence[str]], spill: Path) -> Iterator[pa.Ta
         names = ", ".join(FACTS_SCHEMA.names)
         union = " UNION ALL ".join(parts)
         query = f"SELECT {names} FROM ({union}) ORDER BY row_key, source_index"  # noqa: S608
-        for batch in connection.sql(query).to_arrow_reader(_BATCH_ROWS):
+        for batch in connection.sql(query).to_arrow_reader(BATCH_ROWS):
             yield pa.Table.from_batches([batch]).cast(FACTS_SCHEMA)
     finally:
         connection.close()
 
 
 def judge(rows: Sequence[dict[str, Any]], policy: Policy) -> None:
-    """Fills the judgement columns from the reward columns. A dead letter has no rewards, and so no verdict."""
+    """Fills the judgement columns from the reward columns."""
     for row in rows:
-        rewards = {Perspective(p): row[f"reward_{p}"] for p in Perspective} if row["status"] == STATUS_SCORED else {}
-        decision = decide(rewards, policy)
-        row["verdict"] = decision.verdict.value if decision.verdict else None
-        row["severity"] = decision.severity.value if decision.severity else None
-        row["flags"] = [flag.value for flag in decision.flags]
-        row["policy_id"] = policy.id
-        row["policy_hash"] = policy.content_hash
+        row |= judgement(row, policy)
+
+
+def judgement(row: Mapping[str, Any], policy: Policy) -> dict[str, Any]:
+    """The judgement columns of one row. A dead letter has no rewards, and so no verdict."""
+    rewards = {Perspective(p): row[f"reward_{p}"] for p in Perspective} if row["status"] == STATUS_SCORED else {}
+    decision = decide(rewards, policy)
+    return {
+        "verdict": decision.verdict.value if decision.verdict else None,
+        "severity": decision.severity.value if decision.severity else None,
+        "flags": [flag.value for flag in decision.flags],
+        "policy_id": policy.id,
+        "policy_hash": policy.content_hash,
+    }
 
 
 def _unique(batch: pa.Table, last_key: str | None) -> list[dict[str, Any]]:
@@ -149,32 +159,49 @@ def _unique(batch: pa.Table, last_key: str | None) -> list[dict[str, Any]]:
 
 
 class _PartWriter:
-    """Cuts a stream of tables into files of at most ``rows_per_part`` rows, and uploads each when it is full."""
+    """Cuts a stream of tables into files of at most ``rows_per_part`` rows, and uploads each when it is full.
+
+    Tables wait until a row group is full: readers skip by row group, and small ones compress badly.
+    """
 
     def __init__(self, target: Target, folder: Path) -> None:
         self._target = target
         self._path = folder / "part.parquet"
         self._writer: pq.ParquetWriter | None = None
-        self._rows = 0
+        self._waiting: list[pa.Table] = []
+        self._rows = 0  # written to the open file
         self._files: list[PublishedFile] = []
 
     def write(self, table: pa.Table) -> None:
-        while table.num_rows:
-            if self._writer is None:
-                schema = schema_with(self._target.facts)
-                self._writer = pq.ParquetWriter(self._path, schema, compression="zstd", write_statistics=True)
-            room = self._target.rows_per_part - self._rows
-            self._writer.write_table(table.slice(0, room), row_group_size=_ROW_GROUP_ROWS)
-            self._rows += min(room, table.num_rows)
-            table = table.slice(room)
-            if self._rows == self._target.rows_per_part:
-                self._upload()
+        self._waiting.append(table)
+        while (waiting := sum(part.num_rows for part in self._waiting)) >= self._room():
+            self._write_group(self._room())
+        if sum(part.nbytes for part in self._waiting) >= _ROW_GROUP_BYTES:
+            self._write_group(waiting)
 
     def finish(self) -> list[PublishedFile]:
         """The files, all uploaded."""
+        self._write_group(sum(part.num_rows for part in self._waiting))
         if self._writer is not None:
             self._upload()
         return self._files
+
+    def _room(self) -> int:
+        """Rows that fill the row group, or the file."""
+        return min(ROW_GROUP_ROWS, self._target.rows_per_part - self._rows)
+
+    def _write_group(self, rows: int) -> None:
+        if not rows:
+            return
+        if self._writer is None:
+            schema = schema_with(self._target.facts)
+            self._writer = pq.ParquetWriter(self._path, schema, compression="zstd", write_statistics=True)
+        table = pa.concat_tables(self._waiting)
+        self._writer.write_table(table.slice(0, rows), row_group_size=rows)
+        self._waiting = [table.slice(rows)] if rows < table.num_rows else []
+        self._rows += rows
+        if self._rows == self._target.rows_per_part:
+            self._upload()
 
     def _upload(self) -> None:
         assert self._writer is not None
