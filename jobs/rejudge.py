@@ -12,12 +12,14 @@ from jobs import manifest as manifests
 from jobs import report
 from jobs.lock import NightLock
 from jobs.manifest import Manifest
+from jobs.parquet import check_rewritable
 from jobs.progress import Snapshot
 from jobs.publish import Content, Target, check_rows, write_content
 from model import storage
 from model.code_version import code_version
 from model.perspectives import Perspective
 from model.policy import Policy, check_applies
+from model.schema import SCHEMA_VERSION
 
 
 def rejudge(
@@ -29,7 +31,14 @@ def rejudge(
     lock: NightLock,
     say: Callable[[str], None],
 ) -> Manifest:
-    """A new manifest version with the same rewards. Raises ``ConfigError`` when the policy is for other weights."""
+    """A new manifest version with the same rewards; the published one where the policy is that of the night.
+
+    Raises ``ConfigError`` when the policy is for other weights, or the night of a newer schema.
+    """
+    if published.policy_hash == policy.content_hash:
+        say(f"the night {published.date} is judged by policy {policy.id} already; nothing to do")
+        return published
+    check_rewritable(published.schema_version, f"the night {published.date}")
     check_applies(policy, published.checkpoints, published.vector_perspectives)
     say(f"judging the stored rewards of {published.date} again with policy {policy.id}; no model is needed")
     started = time.monotonic()
@@ -49,11 +58,13 @@ def rejudge(
             "policy_id": policy.id,
             "policy_hash": policy.content_hash,
             "code_version": code_version(),
+            "schema_version": SCHEMA_VERSION,
         }
     )
+    # The report first: a kill after the manifest must find nothing left to do.
+    report.write(output, manifest, Snapshot(), time.monotonic() - started, published.rows, content.repeated)
     lock.check()
     manifests.write(output, manifest)
-    report.write(output, manifest, Snapshot(), time.monotonic() - started, published.rows, content.repeated)
     return manifest
 
 
