@@ -15,10 +15,10 @@ from jobs import manifest as manifests
 from jobs.folder_log import Prompts, log_from_folder
 from jobs.garbage import collect
 from jobs.lock import NightLock
-from jobs.query import as_text, run_query
+from jobs.query import as_text, printable, run_query
 from jobs.rejudge import rejudge
 from jobs.run import new_run_id
-from jobs.score_logs import EXIT_CONFIG, EXIT_INFRASTRUCTURE, EXIT_OK, say
+from jobs.score_logs import EXIT_CONFIG, EXIT_INFRASTRUCTURE, EXIT_OK, fail, say
 from jobs.verify import VerificationError, verify_night
 from model.errors import ConfigError, InfrastructureError, TransientError
 from model.policy_file import load_policy
@@ -33,11 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return command(arguments)
     except VerificationError as error:
-        return _fail(EXIT_NOT_VERIFIED, f"not verified: {error}")
+        # It may quote a row, and so whatever stood in the log.
+        return fail(EXIT_NOT_VERIFIED, printable(f"not verified: {error}"))
     except (ConfigError, PermissionError) as error:
-        return _fail(EXIT_CONFIG, str(error))
-    except (InfrastructureError, TransientError) as error:
-        return _fail(EXIT_INFRASTRUCTURE, str(error))
+        return fail(EXIT_CONFIG, str(error))
+    except (InfrastructureError, TransientError, FileNotFoundError) as error:
+        return fail(EXIT_INFRASTRUCTURE, str(error))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,10 +52,16 @@ def _parser() -> argparse.ArgumentParser:
 
     query = add("query", _query, "run SQL over the published nights (view: scores)")
     query.add_argument("sql", help="for example: SELECT verdict, count(*) FROM scores GROUP BY 1")
-    query.add_argument("--format", choices=["table", "json", "csv"], default="table")
+    query.add_argument(
+        "--format",
+        choices=["table", "json", "csv"],
+        default="table",
+        help="csv holds text as it was logged: for a file, not for a terminal",
+    )
     _output(query, needs_date=False)
     verify = add("verify", _verify, "check a published night against its manifest and its logs")
     verify.add_argument("--skip-inputs", action="store_true", help="do not compare the logs (they may have expired)")
+    verify.add_argument("--policy", metavar="FILE", help="the policy of the night: gives every verdict again")
     _output(verify)
     again = add("rejudge", _rejudge, "judge the stored rewards of a night with another policy")
     again.add_argument("--policy", required=True, metavar="FILE")
@@ -97,7 +104,7 @@ def _query(arguments: argparse.Namespace) -> int:
 
 def _formatted(table: pa.Table, style: str) -> str:
     if style == "json":
-        return json.dumps(table.to_pylist(), default=str, ensure_ascii=False)
+        return _json(table)
     if style == "csv":
         import pyarrow.csv as csv
 
@@ -107,27 +114,44 @@ def _formatted(table: pa.Table, style: str) -> str:
     return as_text(table)
 
 
+def _json(table: pa.Table) -> str:
+    """Characters that a terminal would act on stay escaped; all others are as they were logged."""
+    names = table.column_names
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"two columns are named {printable(repeated[0])!r}; give one another name with AS")
+    text = json.dumps(table.to_pylist(), default=str, ensure_ascii=False)
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
 def _verify(arguments: argparse.Namespace) -> int:
-    manifest = verify_night(arguments.output, arguments.date, check_inputs=not arguments.skip_inputs)
+    policy = load_policy(arguments.policy) if arguments.policy else None
+    manifest = verify_night(arguments.output, arguments.date, check_inputs=not arguments.skip_inputs, policy=policy)
     say(f"verified: {manifest.date} version {manifest.version}, {manifest.rows} rows in {len(manifest.files)} files")
     return EXIT_OK
 
 
 def _rejudge(arguments: argparse.Namespace) -> int:
     policy = load_policy(arguments.policy)
-    published = manifests.latest(arguments.output, arguments.date)
-    if published is None:
-        raise ConfigError(f"the night {arguments.date} is not published under {arguments.output}")
+    _published(arguments)
     run_id = new_run_id()
 
     def lost() -> None:
         say("another run has taken over this night; nothing will be published here")
 
     with NightLock(arguments.output, arguments.date, run_id, say, on_lost=lost) as lock:
+        published = _published(arguments)  # again: another run may have just finished
         rows_per_part = max(file.rows for file in published.files)
         manifest = rejudge(arguments.output, published, policy, run_id, rows_per_part, lock, say)
-    say(f"published version {manifest.version}: {manifest.rows_by_verdict}")
+    if manifest.version != published.version:
+        say(f"published version {manifest.version}: {manifest.rows_by_verdict}")
     return EXIT_OK
+
+
+def _published(arguments: argparse.Namespace) -> manifests.Manifest:
+    manifest = manifests.latest(arguments.output, arguments.date)
+    if manifest is None:
+        raise ConfigError(f"the night {arguments.date} is not published under {arguments.output}")
+    return manifest
 
 
 def _gc(arguments: argparse.Namespace) -> int:
@@ -149,11 +173,6 @@ def _log_folder(arguments: argparse.Namespace) -> int:
     )
     say(f"{log.row_count} rows in {log.log_uri}, {log.without_prompt} of them without a prompt")
     return EXIT_OK
-
-
-def _fail(code: int, message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    return code
 
 
 if __name__ == "__main__":
