@@ -52,12 +52,8 @@ def _parser() -> argparse.ArgumentParser:
 
     query = add("query", _query, "run SQL over the published nights (view: scores)")
     query.add_argument("sql", help="for example: SELECT verdict, count(*) FROM scores GROUP BY 1")
-    query.add_argument(
-        "--format",
-        choices=["table", "json", "csv"],
-        default="table",
-        help="csv holds text as it was logged: for a file, not for a terminal",
-    )
+    raw = "csv holds text as it was logged: for a file, not for a terminal"
+    query.add_argument("--format", choices=["table", "json", "csv"], default="table", help=raw)
     _output(query, needs_date=False)
     verify = add("verify", _verify, "check a published night against its manifest and its logs")
     verify.add_argument("--skip-inputs", action="store_true", help="do not compare the logs (they may have expired)")

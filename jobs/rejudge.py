@@ -42,30 +42,32 @@ def rejudge(
     check_applies(policy, published.checkpoints, published.vector_perspectives)
     say(f"judging the stored rewards of {published.date} again with policy {policy.id}; no model is needed")
     started = time.monotonic()
-    version = published.version + 1
     facts = file_facts(published.checkpoints, policy)
-    target = Target(output, published.date, published.run_key, version, run_id, rows_per_part, facts)
+    target = Target(output, published.date, published.run_key, published.version + 1, run_id, rows_per_part, facts)
     content = write_content([[storage.join(output, file.path) for file in published.files]], target, policy)
     check_rows(content, published.rows)
-    manifest = published.model_copy(
-        update={
-            **content_fields(content),
-            "version": version,
-            "previous_version": published.version,
-            "reason": "rejudged",
-            "run_id": run_id,
-            "published_at": datetime.now(UTC),
-            "policy_id": policy.id,
-            "policy_hash": policy.content_hash,
-            "code_version": code_version(),
-            "schema_version": SCHEMA_VERSION,
-        }
-    )
+    manifest = _manifest_of(published, policy, run_id, content)
     # The report first: a kill after the manifest must find nothing left to do.
     report.write(output, manifest, Snapshot(), time.monotonic() - started, published.rows, content.repeated)
     lock.check()
     manifests.write(output, manifest)
     return manifest
+
+
+def _manifest_of(published: Manifest, policy: Policy, run_id: str, content: Content) -> Manifest:
+    update = {
+        **content_fields(content),
+        "version": published.version + 1,
+        "previous_version": published.version,
+        "reason": "rejudged",
+        "run_id": run_id,
+        "published_at": datetime.now(UTC),
+        "policy_id": policy.id,
+        "policy_hash": policy.content_hash,
+        "code_version": code_version(),
+        "schema_version": SCHEMA_VERSION,
+    }
+    return published.model_copy(update=update)
 
 
 def content_fields(content: Content) -> dict[str, Any]:
