@@ -66,7 +66,8 @@ class IngressArgs(_Strict):
     """The HTTP side and its limits."""
 
     num_replicas: PositiveInt = 1
-    max_ongoing_requests: PositiveInt = 256
+    # Each may hold a whole body: 64 of 64 MiB are 4 GiB in the worst case.
+    max_ongoing_requests: PositiveInt = 64
     max_body_bytes: PositiveInt = 64 * 1024 * 1024
     max_items: PositiveInt = 32
     max_image_bytes: PositiveInt = 32 * 1024 * 1024

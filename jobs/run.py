@@ -26,7 +26,8 @@ from jobs.config import JobConfig
 from jobs.fetch import check_image_root
 from jobs.lock import NightLock
 from jobs.logs import list_logs
-from jobs.manifest import InputObject, Manifest
+from jobs.manifest import InputObject, Manifest, Reading
+from jobs.parquet import check_rewritable
 from jobs.pipeline import check_resources, check_scan_resources, run_shard
 from jobs.progress import OutageRule, Progress, Reporter, Snapshot, SystemicFailureError
 from jobs.publish import Target, check_rows, write_content
@@ -140,6 +141,7 @@ def _run_locked(run: _Run) -> Manifest:
     if config.retry_errors:
         if published is None or not is_finished:
             raise ConfigError(f"--retry-errors: the night {config.date} is not published from these logs and weights")
+        check_rewritable(published.schema_version, f"the night {config.date}")
         work = _dead_letters_of(published, config, scan)
         if work.rows == 0:
             run.say("nothing to retry: no dead letter of this night could end otherwise")
@@ -261,6 +263,11 @@ def _publish(
         policy_hash=policy.content_hash,
         code_version=code_version(),
         is_trained=identity.is_trained,
+        reading=Reading(
+            columns=row_reader(config, scan.is_partitioned).columns,
+            is_partitioned=scan.is_partitioned,
+            max_line_bytes=config.limits.max_line_bytes,
+        ),
         **content_fields(content),
     )
     # A retry replaces rows on purpose; only what was staged twice counts as repeated work.

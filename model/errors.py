@@ -25,7 +25,7 @@ class ErrorCode(StrEnum):
 
     # read: the log itself
     LOG_UNREADABLE = "log_unreadable"  # a whole log file; one dead letter stands for it
-    ROW_UNREADABLE = "row_unreadable"  # one line of a JSONL log is not a JSON object
+    ROW_UNREADABLE = "row_unreadable"  # not a JSON object, nested too deep, or in a damaged part of a Parquet file
     MISSING_ID = "missing_id"
     DUPLICATE_ID = "duplicate_id"
     BAD_TIMESTAMP = "bad_timestamp"

@@ -159,7 +159,11 @@ def list_objects(prefix: str, *, is_probe: bool = False, with_temporary: bool = 
     files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
     for path in files:
         if with_temporary or not path.name.startswith(_TEMPORARY):
-            yield _stat(path)
+            try:
+                found = _stat(path)
+            except FileNotFoundError:
+                continue  # gone since it was listed: another process renamed or removed it
+            yield found
 
 
 def list_if_any(prefix: str, *, with_temporary: bool = False) -> list[StoredObject]:

@@ -89,6 +89,7 @@ def test_serve_yaml_is_what_the_code_expects() -> None:
         ({"replica": {"min_replicas": 3, "max_replicas": 2}}, "min_replicas=3 is above max_replicas=2"),
         ({"batching": {"max_queued_items": 8}}, "a full request could never be accepted"),
         ({"dtype": "float8"}, "dtype"),
+        ({"dtype": "float16"}, "dtype"),
         ({"checkpoint": None}, "checkpoint"),
     ],
 )
