@@ -129,8 +129,8 @@ def test_learnable_temperature_is_trained_and_floored() -> None:
     assert theta.grad is not None
     assert float(theta.grad) != 0
     # log(1 + e^-2.25) = 0.100202
-    assert float(LearnableTau()()) == pytest.approx(math.log1p(math.exp(-2.25)), abs=1e-6)
-    assert float(LearnableTau(initial=-20.0)()) == pytest.approx(0.01)
+    assert LearnableTau()().item() == pytest.approx(math.log1p(math.exp(-2.25)), abs=1e-6)
+    assert LearnableTau(initial=-20.0)().item() == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize(

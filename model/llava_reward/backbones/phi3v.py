@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model.llava_reward.backbones.clip import ClipTower
 from model.llava_reward.backbones.interface import Backbone, EndState, SkipCaForm, WeightNames
+from model.llava_reward.backbones.lengths import Lengths
 from model.llava_reward.backbones.rms_norm import RmsNorm
 from model.llava_reward.backbones.rope import apply_rope, rope_tables
 from model.llava_reward.config import ClipConfig, Phi3VConfig, read_clip_config, read_phi3v_config
@@ -95,25 +96,6 @@ class ImageProjector(nn.Module):
     def forward(self, merged: Tensor) -> Tensor:
         projected: Tensor = self.img_projection(merged)
         return projected
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Which tokens of right-padded samples are real. ``counts``: ``(b,)`` int64."""
-
-    counts: Tensor
-    padded: int
-
-    def pick_last(self, values: Tensor) -> Tensor:
-        """The end token's row of ``(b, ..., l, d)`` or ``(1, ..., l, d)``: ``(b, ..., 1, d)``."""
-        values = values.expand(len(self.counts), *values.shape[1:])
-        index = (self.counts - 1).view(-1, *[1] * (values.dim() - 1))
-        return values.gather(-2, index.expand(*values.shape[:-2], 1, values.shape[-1]))
-
-    def key_mask(self) -> Tensor:
-        """``(b, 1, 1, l)`` bool, true at real tokens."""
-        positions = torch.arange(self.padded, device=self.counts.device)
-        return (positions < self.counts[:, None])[:, None, None, :]
 
 
 class Phi3Attention(nn.Module):
