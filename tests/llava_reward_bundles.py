@@ -50,6 +50,9 @@ def llava_tokenizer(*, is_legacy: bool = True) -> Tokenizer:
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_BLANK, prepend_scheme="first", split=False)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in LLAVA_SPECIAL])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return tokenizer
 

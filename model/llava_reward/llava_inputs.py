@@ -7,23 +7,19 @@ Source: transformers, models/llava_next/image_processing_llava_next.py and proce
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
-from model.errors import ErrorCode, InputError, Stage
 from model.llava_reward.bundle import Bundle
 from model.llava_reward.model_config import LlavaConfig, read_llava_config
 from model.llava_reward.prompt_tokens import LLAVA_TEXT
 
 
-def best_pinpoint(width: int, height: int, pinpoints: Iterable[tuple[int, int]]) -> tuple[int, int] | None:
-    """The size, (height, width), that keeps most of the picture's pixels, and of those the one that wastes least.
-
-    None where the picture is so narrow that none of them would keep a pixel.
-    """
-    best, most_kept, least_wasted = None, 0, math.inf
+def best_pinpoint(width: int, height: int, pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The size, (height, width), that keeps most of the picture's pixels, and of those the one that wastes least."""
+    best, most_kept, least_wasted = pinpoints[0], 0, math.inf
     for tall, wide in pinpoints:
         scale = min(wide / width, tall / height)
         kept = min(int(width * scale) * int(height * scale), width * height)
@@ -73,18 +69,15 @@ class LlavaInputs:
     def picture(self, image: Image.Image) -> tuple[dict[str, np.ndarray], int]:
         """``pixels``: ``(1 + tiles, c, c, 3)`` uint8, the whole picture first; ``image_size``: height and width.
 
-        - raises: ``InputError`` image_too_narrow if no pinpoint would keep a pixel
+        However narrow, no picture is refused: the whole-picture tile stretches it to a square.
         """
         config, (width, height) = self._config, image.size
         side = config.clip.image_size
         pinpoint = best_pinpoint(width, height, config.pinpoints)
-        if pinpoint is None:
-            message = f"{width}x{height} pixels: laid on {side}-pixel tiles, no pixel of it would be left; crop it"
-            raise InputError(ErrorCode.IMAGE_TOO_NARROW, Stage.DECODE, message)
-        tokens = num_image_tokens(width, height, config, pinpoint)
         whole = np.array(image.resize((side, side), Image.Resampling.BICUBIC))
         tiles = _tiles(_on_canvas(image, pinpoint), side)
         size = np.array([height, width], dtype=np.int32)
+        tokens = num_image_tokens(width, height, config, pinpoint)
         return {"pixels": np.concatenate((whole[None], tiles)), "image_size": size}, tokens
 
 

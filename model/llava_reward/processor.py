@@ -26,7 +26,7 @@ from model.errors import ConfigError, ErrorCode, InputError, Stage
 from model.images import decode_image, image_facts
 from model.llava_reward.bundle import Bundle, read_bundle
 from model.llava_reward.bundle import read_identity as hash_identity
-from model.llava_reward.config import ClipConfig, read_clip_config, read_json
+from model.llava_reward.config import ClipConfig, read_clip_config, read_phi3v_config
 from model.llava_reward.family_inputs import FamilyInputs
 from model.llava_reward.llava_inputs import LlavaInputs
 from model.llava_reward.prompt_tokens import PHI3V_TEXT, PromptTokenizer
@@ -115,7 +115,7 @@ class Phi3VInputs:
     def __init__(self, bundle: Bundle) -> None:
         self._num_crops = bundle.num_crops
         self._clip = read_clip_config(bundle.backbone / "clip_tower.json")
-        self.max_positions = int(read_json(bundle.backbone / "config.json")["max_position_embeddings"])
+        self.max_positions = read_phi3v_config(bundle.backbone / "config.json").max_position_embeddings
         self.max_image_tokens = max_image_tokens(bundle.num_crops, self._clip)
         self.facts: dict[str, object] = {
             "num_crops": bundle.num_crops,
