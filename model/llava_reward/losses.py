@@ -189,7 +189,7 @@ _WITH_MARGIN = {
     general_preference_regression_loss,
     high_dim_regression_loss,
 }
-_BROKEN = {
+_UNUSABLE = {
     "HighDimGeneralPreferenceLearnableTauLoss": "it calls a function that torch does not have",
     "HighDimGeneralPreferenceMoELoss": "it needs a response length that the dataset never returns",
     "HighDimGeneralPreferenceRegressionMoELoss": "it needs a response length that the dataset never returns",
@@ -229,8 +229,8 @@ def pair_loss(name: str, tau: float = 0.1) -> PairLoss:
     - tau: temperature, where it is fixed; ``general_preference_tau`` of the checkpoint
     - raises: ``ConfigError`` for names that are unknown, or that raise or do nothing in the released code
     """
-    if name in _BROKEN:
-        raise ConfigError(f"loss={name!r} cannot be used: {_BROKEN[name]}")
+    if name in _UNUSABLE:
+        raise ConfigError(f"loss={name!r} cannot be used: {_UNUSABLE[name]}")
     if name in _FIXED_TAU:
         return PairLoss(_FIXED_TAU[name], tau)
     if name in _LEARNABLE_TAU:
