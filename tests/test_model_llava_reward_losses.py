@@ -23,8 +23,14 @@ from model.llava_reward.losses import (
 from tests.golden_cases import DEFAULT_ROOT, golden_root, read_json, require_cases, system_folders
 from tests.llava_reward_cases import SYSTEM, TOLERANCE
 
+
+def _expected(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = read_json(folder / "expected.json")["expected_loss_and_prob"]
+    return values
+
+
 FOLDERS = [f for f in system_folders(SYSTEM) if f.name.startswith("losses")]
-CASES = [(folder, name) for folder in FOLDERS for name in read_json(folder / "expected.json")["expected_loss_and_prob"]]
+CASES = [(folder, name) for folder in FOLDERS for name in _expected(folder)]
 
 
 def _id(value: object) -> str:
@@ -76,12 +82,11 @@ def test_losses_equal_the_reference(folder: Path, name: str) -> None:
     check(read_json(folder / "expected.json"), name)
 
 
+# Where the reference raises there is no value to miss.
 @pytest.mark.golden
-@every_case
+@pytest.mark.parametrize(("folder", "name"), [(f, n) for f, n in CASES if _expected(f)[n] is not None], ids=_id)
 def test_one_changed_input_is_noticed(folder: Path, name: str) -> None:
     values = read_json(folder / "expected.json")
-    if values["expected_loss_and_prob"][name] is None:
-        pytest.skip("the reference raises; there is no value to miss")
     for key in ("chosen_1d", "chosen_2d", "chosen_4d"):
         values[key][0][0] += 0.5
     with pytest.raises(AssertionError):
