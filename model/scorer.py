@@ -16,11 +16,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 from model.errors import ConfigError
+from model.meaning import Head
 from model.perspectives import Perspective
 from model.schema import Generation, ImageInfo, RowError, ScoreRecord
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from model.ranking import Ranking
 
 # Checkpoints that ship with the code, by name.
 SHIPPED = Path(__file__).parent / "checkpoints"
@@ -82,6 +85,7 @@ class Scorer(Preprocessor, Protocol):
 
     identity: ScorerIdentity
     perspectives: tuple[Perspective, ...]
+    heads: Mapping[Perspective, Head]
 
     def forward(self, batch: Sequence[Prepared], perspectives: Sequence[Perspective] | None = None) -> list[RawOutput]:
         """One ``RawOutput`` per item, in order; items with an error pass through."""
@@ -95,6 +99,10 @@ class Scorer(Preprocessor, Protocol):
         self, generations: Iterable[Generation], perspectives: Sequence[Perspective] | None = None
     ) -> list[ScoreRecord]:
         """``postprocess(forward(preprocess(generations)))``."""
+        ...
+
+    def rank(self, prompt: str, images: Sequence[bytes], perspective: Perspective) -> Ranking:
+        """Encoded images of one prompt, best first, with probabilities; see ``model.ranking.rank_images``."""
         ...
 
     def check_golden(self) -> None:

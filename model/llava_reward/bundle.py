@@ -19,6 +19,7 @@ from typing import Any
 from model.errors import ConfigError
 from model.images import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
 from model.llava_reward.config import read_head_config, read_json
+from model.meaning import Head, HeadTraining
 from model.perspectives import Perspective
 from model.scorer import ScorerIdentity
 
@@ -39,7 +40,13 @@ _REQUIRED = {
     "adapters": dict,
     "num_crops": int,
 }
-_OPTIONAL = {"max_prompt_tokens": int, "max_image_bytes": int, "max_image_pixels": int, "notes": str}
+_OPTIONAL = {
+    "head_training": dict,
+    "max_prompt_tokens": int,
+    "max_image_bytes": int,
+    "max_image_pixels": int,
+    "notes": str,
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Bundle:
     max_prompt_tokens: int
     max_image_bytes: int
     max_image_pixels: int
+    head_training: Mapping[Perspective, HeadTraining]
 
     @property
     def perspectives(self) -> tuple[Perspective, ...]:
@@ -82,6 +90,7 @@ def read_bundle(folder: Path) -> Bundle:
         max_prompt_tokens=values.get("max_prompt_tokens", MAX_PROMPT_TOKENS),
         max_image_bytes=values.get("max_image_bytes", MAX_IMAGE_BYTES),
         max_image_pixels=values.get("max_image_pixels", MAX_IMAGE_PIXELS),
+        head_training=_head_training(path, values),
     )
 
 
@@ -105,6 +114,15 @@ def _adapters(path: Path, values: Mapping[str, Any]) -> dict[Perspective, Path]:
     if unknown or not values:
         raise ConfigError(f"{path}: adapters names {unknown}, expected some of {[p.value for p in Perspective]}")
     return {Perspective(key): _existing(path, path.parent / value) for key, value in values.items()}
+
+
+def _head_training(path: Path, values: Mapping[str, Any]) -> dict[Perspective, HeadTraining]:
+    """``head_training``: perspective -> ``bt`` or ``cls``; no file that the authors publish says it."""
+    given = values.get("head_training", {})
+    allowed = [training.value for training in HeadTraining]
+    if not set(given) <= set(values["adapters"]) or any(training not in allowed for training in given.values()):
+        raise ConfigError(f"{path}: head_training={given!r} must give {allowed} for perspectives in adapters")
+    return {Perspective(name): HeadTraining(training) for name, training in given.items()}
 
 
 def _existing(path: Path, folder: Path) -> Path:
@@ -163,6 +181,21 @@ def read_identity(folder: Path, *, dtype: str, preprocessing_hash: str) -> Score
         licence=bundle.licence,
         vector_perspectives=tuple(vectors),
     )
+
+
+def read_heads(bundle: Bundle, identity: ScorerIdentity) -> dict[Perspective, Head]:
+    """What each perspective's reward means. Raises ``ConfigError`` if a general-preference head claims a training."""
+    heads = {}
+    for perspective in bundle.perspectives:
+        config = read_head_config(bundle.adapters[perspective] / "reward_config.yaml")
+        training = bundle.head_training.get(perspective)
+        if config.is_general_preference and training is not None:
+            raise ConfigError(
+                f"{bundle.folder}: head_training of {perspective}: its head gives no scalar; leave it out"
+            )
+        checkpoint = identity.checkpoints[perspective]
+        heads[perspective] = Head(perspective, checkpoint, config.tau, config.is_general_preference, training)
+    return heads
 
 
 def _hash_lines(role: str, root: Path, files: Iterable[Path]) -> list[str]:
