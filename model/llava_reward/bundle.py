@@ -2,7 +2,7 @@
 
 Finds and hashes the files; reads no weights and needs no torch.
 
-    <bundle>/scorer.json     what belongs together; paths are relative to the bundle, or absolute
+    <bundle>/scorer.json     what belongs together; relative or absolute paths, s3://, or pinned hub names
     <bundle>/backbone/       config.json, clip_tower.json (optional), tokenizer.json, *.safetensors
     <bundle>/<adapter>/      reward_config.yaml, pytorch_model.bin, lora/ (as the authors publish it)
     <bundle>/golden.json     optional: inputs with known rewards
@@ -11,11 +11,13 @@ Finds and hashes the files; reads no weights and needs no torch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint_sources import is_location
+from model.checkpoint_store import ADAPTER, BACKBONE, check_hashes, fetch, file_sha256
 from model.errors import ConfigError
 from model.images import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
 from model.llava_reward.config import read_head_config, read_json
@@ -41,6 +43,7 @@ _REQUIRED = {
     "num_crops": int,
 }
 _OPTIONAL = {
+    "hashes": dict,
     "head_training": dict,
     "max_prompt_tokens": int,
     "max_image_bytes": int,
@@ -64,6 +67,8 @@ class Bundle:
     max_image_bytes: int
     max_image_pixels: int
     head_training: Mapping[Perspective, HeadTraining]
+    hashes: Mapping[str, object]  # as written; checked with the identity, which reads every byte anyway
+    places: Mapping[str, Path]  # each entry of scorer.json as written -> where it lies
 
     @property
     def perspectives(self) -> tuple[Perspective, ...]:
@@ -79,18 +84,22 @@ def read_bundle(folder: Path) -> Bundle:
         raise ConfigError(f"{path}: system={values['system']!r} family={values['family']!r} is not {SYSTEM}/{FAMILY}")
     if values["num_crops"] < 1:
         raise ConfigError(f"{path}: num_crops={values['num_crops']} must be at least 1")
+    backbone = _located(path, values["backbone"], BACKBONE)
+    adapters = _adapters(path, values["adapters"])
     return Bundle(
         folder=folder,
         name=values["name"],
         licence=values["licence"],
         is_trained=values["is_trained"],
-        backbone=_existing(path, folder / values["backbone"]),
-        adapters=_adapters(path, values["adapters"]),
+        backbone=backbone,
+        adapters=adapters,
         num_crops=values["num_crops"],
         max_prompt_tokens=values.get("max_prompt_tokens", MAX_PROMPT_TOKENS),
         max_image_bytes=values.get("max_image_bytes", MAX_IMAGE_BYTES),
         max_image_pixels=values.get("max_image_pixels", MAX_IMAGE_PIXELS),
         head_training=_head_training(path, values),
+        hashes=values.get("hashes", {}),
+        places={values["backbone"]: backbone, **{values["adapters"][p]: adapters[p] for p in adapters}},
     )
 
 
@@ -113,7 +122,7 @@ def _adapters(path: Path, values: Mapping[str, Any]) -> dict[Perspective, Path]:
     unknown = sorted(set(values) - set(Perspective))
     if unknown or not values:
         raise ConfigError(f"{path}: adapters names {unknown}, expected some of {[p.value for p in Perspective]}")
-    return {Perspective(key): _existing(path, path.parent / value) for key, value in values.items()}
+    return {Perspective(key): _located(path, value, ADAPTER) for key, value in values.items()}
 
 
 def _head_training(path: Path, values: Mapping[str, Any]) -> dict[Perspective, HeadTraining]:
@@ -125,7 +134,11 @@ def _head_training(path: Path, values: Mapping[str, Any]) -> dict[Perspective, H
     return {Perspective(name): HeadTraining(training) for name, training in given.items()}
 
 
-def _existing(path: Path, folder: Path) -> Path:
+def _located(path: Path, entry: str, patterns: Sequence[str]) -> Path:
+    """The folder of one entry; one that lies elsewhere is downloaded."""
+    folder = path.parent / entry
+    if is_location(entry) and not folder.is_dir():
+        return fetch(entry, patterns)
     if not folder.is_dir():
         raise ConfigError(f"{path} names the folder {folder}, which does not exist")
     return folder
@@ -157,8 +170,12 @@ def _existing_file(path: Path) -> Path:
 
 
 def read_identity(folder: Path, *, dtype: str, preprocessing_hash: str) -> ScorerIdentity:
-    """Hash the files that decide each perspective's reward. Reads every byte of them, builds no tensor."""
+    """Hash the files that decide each perspective's reward. Reads every byte of them, builds no tensor.
+
+    Raises ``ConfigError`` if a file is not the one that ``hashes`` in ``scorer.json`` says.
+    """
     bundle = read_bundle(folder)
+    check_hashes(folder / "scorer.json", bundle.hashes, bundle.places)
     backbone_files = [_existing_file(bundle.backbone / "config.json"), *backbone_weights(bundle.backbone)]
     if (bundle.backbone / "clip_tower.json").exists():
         backbone_files.append(bundle.backbone / "clip_tower.json")
@@ -199,9 +216,4 @@ def read_heads(bundle: Bundle, identity: ScorerIdentity) -> dict[Perspective, He
 
 
 def _hash_lines(role: str, root: Path, files: Iterable[Path]) -> list[str]:
-    lines = []
-    for path in sorted(files):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        lines.append(f"{role}/{path.relative_to(root).as_posix()} {digest}\n")
-    return lines
+    return [f"{role}/{path.relative_to(root).as_posix()} {file_sha256(path)}\n" for path in sorted(files)]

@@ -46,9 +46,10 @@ class LlavaRewardScorer:
         self._max_batch_tokens = max_batch_tokens or default
         self._preprocessor = LlavaRewardPreprocessor(bundle)
         self._crop_size = self._preprocessor.crop_size
-        self._network = load_network(bundle.backbone, bundle.adapters, device=self._device, dtype=getattr(torch, dtype))
         self.preprocessing_hash = self._preprocessor.preprocessing_hash
+        # Before the network is built: it compares the files with their hashes.
         self.identity = read_identity(folder, dtype=dtype, preprocessing_hash=self.preprocessing_hash)
+        self._network = load_network(bundle.backbone, bundle.adapters, device=self._device, dtype=getattr(torch, dtype))
         self.perspectives: tuple[Perspective, ...] = bundle.perspectives
         self.heads: Mapping[Perspective, Head] = read_heads(bundle, self.identity)
 
