@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from jobs.rejudge import rejudge
 from jobs.run import new_run_id
 from jobs.score_logs import EXIT_CONFIG, EXIT_INFRASTRUCTURE, EXIT_OK, say
 from jobs.verify import VerificationError, verify_night
+from model.checkpoint_list import list_checkpoints, notes
 from model.errors import ConfigError, InfrastructureError, TransientError
 from model.policy_file import load_policy
+from model.scorer import resolve, system_of
 
 EXIT_NOT_VERIFIED = 1
 
@@ -73,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     folder.add_argument("--prompt-field", default="prompt", metavar="NAME", help="field of the prompt (prompt)")
     folder.add_argument("--generator", default="unknown", metavar="NAME", help="what made the images")
     _output(folder)
+    converted = add("convert", _convert, "write a checkpoint with one safetensors file per perspective")
+    converted.add_argument("checkpoint", help="folder, shipped name, s3:// URI or pinned hub name")
+    converted.add_argument("out", type=Path, help="folder to make")
+    listed = add("checkpoints", _checkpoints, "list the shipped and the published checkpoints")
+    listed.add_argument("--format", choices=["table", "json"], default="table")
     return parser
 
 
@@ -148,6 +156,44 @@ def _log_folder(arguments: argparse.Namespace) -> int:
         generator=arguments.generator,
     )
     say(f"{log.row_count} rows in {log.log_uri}, {log.without_prompt} of them without a prompt")
+    return EXIT_OK
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    folder = resolve(arguments.checkpoint)
+    if (system := system_of(folder)) != "llava_reward":
+        raise ConfigError(f"checkpoints of {system} have no adapters to convert")
+    from model.llava_reward.convert import convert  # torch, which no other command here needs
+
+    done = convert(folder, arguments.out)
+    for perspective, checkpoint in done.after.checkpoints.items():
+        print(f"{perspective}: {done.before.checkpoints[perspective]} is now {checkpoint}")
+    say(
+        f"wrote {arguments.out}: the same rewards under new hashes; policies and stored nights name the old ones, so a "
+        "policy for it must name the new"
+    )
+    return EXIT_OK
+
+
+def _checkpoints(arguments: argparse.Namespace) -> int:
+    found = [asdict(one) for one in list_checkpoints()]
+    if arguments.format == "json":
+        print(json.dumps({"checkpoints": found, "notes": notes()}, ensure_ascii=False))
+        return EXIT_OK
+    rows = [
+        {
+            "name": one["name"],
+            "perspectives": ", ".join(one["perspectives"]),
+            "backbone": one["backbone"],
+            "licence": one["licence"] or "not known",
+            "backbone licence": one["backbone_licence"],
+            "location": one["location"],
+            "verified": "yes" if one["is_verified"] else "no",
+        }
+        for one in found
+    ]
+    print(as_text(pa.Table.from_pylist(rows)))
+    print("\n".join(["", *notes()]))
     return EXIT_OK
 
 

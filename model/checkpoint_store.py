@@ -95,8 +95,9 @@ def _place(name: str, places: Mapping[str, Path]) -> Path | None:
     for entry, path in places.items():
         if name == entry:
             return path
-        if name.startswith(f"{entry}/") and ".." not in name.split("/"):
-            return path / name.removeprefix(f"{entry}/")
+        rest = name.removeprefix(f"{entry}/")
+        if rest != name and ".." not in rest.split("/"):
+            return path / rest
     return None
 
 

@@ -4,7 +4,8 @@ Finds and hashes the files; reads no weights and needs no torch.
 
     <bundle>/scorer.json     what belongs together; relative or absolute paths, s3://, or pinned hub names
     <bundle>/backbone/       config.json, clip_tower.json (optional), tokenizer.json, *.safetensors
-    <bundle>/<adapter>/      reward_config.yaml, pytorch_model.bin, lora/ (as the authors publish it)
+    <bundle>/<adapter>/      reward_config.yaml, pytorch_model.bin, lora/ (as the authors publish it), or instead
+    <bundle>/<adapter>.safetensors    all of that in one file (adapter_file.py)
     <bundle>/golden.json     optional: inputs with known rewards
 """
 
@@ -20,6 +21,7 @@ from model.checkpoint_sources import is_location
 from model.checkpoint_store import ADAPTER, BACKBONE, check_hashes, fetch, file_sha256
 from model.errors import ConfigError
 from model.images import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
+from model.llava_reward.adapter_file import HEAD_CONFIG, HEAD_TENSORS, LORA_CONFIG, LORA_TENSORS, is_adapter_file
 from model.llava_reward.config import read_head_config, read_json
 from model.meaning import Head, HeadTraining
 from model.perspectives import Perspective
@@ -135,11 +137,11 @@ def _head_training(path: Path, values: Mapping[str, Any]) -> dict[Perspective, H
 
 
 def _located(path: Path, entry: str, patterns: Sequence[str]) -> Path:
-    """The folder of one entry; one that lies elsewhere is downloaded."""
+    """The folder (or adapter file) of one entry; one that lies elsewhere is downloaded."""
     folder = path.parent / entry
     if is_location(entry) and not folder.is_dir():
         return fetch(entry, patterns)
-    if not folder.is_dir():
+    if not folder.is_dir() and not (patterns is ADAPTER and is_adapter_file(folder)):
         raise ConfigError(f"{path} names the folder {folder}, which does not exist")
     return folder
 
@@ -156,7 +158,9 @@ def backbone_weights(backbone: Path) -> list[Path]:
 
 
 def adapter_weights(adapter: Path) -> tuple[Path, Path]:
-    """The head's ``pytorch_model.bin``, and the LoRA file (``.safetensors`` or ``.bin``)."""
+    """The head's ``pytorch_model.bin``, and the LoRA file (``.safetensors`` or ``.bin``); paths in an adapter file."""
+    if is_adapter_file(adapter):
+        return adapter / HEAD_TENSORS, adapter / LORA_TENSORS
     lora = adapter / "lora" / "adapter_model.safetensors"
     if not lora.exists():
         lora = adapter / "lora" / "adapter_model.bin"
@@ -183,9 +187,8 @@ def read_identity(folder: Path, *, dtype: str, preprocessing_hash: str) -> Score
     checkpoints, vectors = {}, []
     for perspective in bundle.perspectives:
         adapter = bundle.adapters[perspective]
-        names = ("reward_config.yaml", "lora/adapter_config.json")
-        files = [*(_existing_file(adapter / name) for name in names), *adapter_weights(adapter)]
-        digest = hashlib.sha256("".join(backbone_lines + _hash_lines("adapter", adapter, files)).encode()).hexdigest()
+        lines = backbone_lines + _hash_lines("adapter", adapter, _adapter_files(adapter))
+        digest = hashlib.sha256("".join(lines).encode()).hexdigest()
         checkpoints[perspective] = f"{bundle.name}@sha256:{digest}"
         if read_head_config(adapter / "reward_config.yaml").is_general_preference:
             vectors.append(perspective)
@@ -198,6 +201,12 @@ def read_identity(folder: Path, *, dtype: str, preprocessing_hash: str) -> Score
         licence=bundle.licence,
         vector_perspectives=tuple(vectors),
     )
+
+
+def _adapter_files(adapter: Path) -> list[Path]:
+    if is_adapter_file(adapter):
+        return [adapter]
+    return [*(_existing_file(adapter / name) for name in (HEAD_CONFIG, LORA_CONFIG)), *adapter_weights(adapter)]
 
 
 def read_heads(bundle: Bundle, identity: ScorerIdentity) -> dict[Perspective, Head]:

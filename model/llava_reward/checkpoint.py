@@ -11,11 +11,12 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model.errors import ConfigError
+from model.llava_reward.adapter_file import inside, member_of
 from model.llava_reward.backbones.phi3v import VisionEncoder
 from model.llava_reward.bundle import adapter_weights, backbone_weights
 from model.llava_reward.config import (
@@ -115,8 +116,13 @@ def _fill(module: nn.Module, tensors: Tensors, source: str, device: torch.device
     module.load_state_dict({n: t.to(device, dtype) for n, t in tensors.items()}, assign=True)
 
 
-def _read_tensors(path: Path) -> Tensors:
+def read_tensors(path: Path) -> Tensors:
+    """A weight file, or the part of an adapter file that stands for it. Raises ``ConfigError`` if it is neither."""
     try:
+        if place := inside(path):
+            with safe_open(place[0], framework="pt") as stored:
+                names = [name for name in list(stored.keys()) if member_of(name) == place[1]]
+                return {name: stored.get_tensor(name) for name in names}
         if path.suffix == ".safetensors":
             tensors: object = load_file(path)
         else:
@@ -132,7 +138,7 @@ def _head_tensors(path: Path) -> Tensors:
     """``pytorch_model.bin`` under the network's names; any prefix before the known endings is dropped."""
     found: Tensors = {}
     unknown = []
-    for key, tensor in _read_tensors(path).items():
+    for key, tensor in read_tensors(path).items():
         name = next((n for n in _HEAD_NAMES if key == n or key.endswith(f".{n}")), None)
         if name is None and key.endswith(_PROJECTOR_ENDINGS):
             name = _PROJECTOR + key.rsplit("img_projection.", 1)[1]
@@ -149,7 +155,7 @@ def _lora_deltas(path: Path, lora: LoraConfig, config: Phi3VConfig, device: torc
     """``scale * B @ A`` in float32 per weight name."""
     pairs: dict[str, dict[str, Tensor]] = {}
     unknown = []
-    for key, tensor in _read_tensors(path).items():
+    for key, tensor in read_tensors(path).items():
         match = _LORA_KEY.fullmatch(key)
         if match is None or match[2] in pairs.get(match[1], {}):
             unknown.append(key)
