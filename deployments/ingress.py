@@ -121,19 +121,7 @@ def create_app(replica: ReplicaHandle, policy: Policy, limits: IngressArgs) -> F
     @app.get("/readyz")
     async def readyz() -> dict[str, Any]:
         """200 only when a replica holds its checkpoint and its last golden check was right."""
-        try:
-            identity = await _within(limits.ready_timeout_s, replica.readiness())
-            check_policy(policy, identity)
-        except NOT_READY as error:
-            detail = f"no replica is ready: {type(error).__name__}: {error}"
-            raise Problem(503, RequestCode.NOT_READY, detail) from error
-        return {
-            "status": "ready",
-            "golden": "passed" if identity["has_golden"] else "absent",
-            "model": model_facts(identity).model_dump(),
-            "policy": {"id": policy.id, "hash": policy.content_hash},
-            "code_version": identity["code_version"],
-        }
+        return await check_ready(replica, policy, limits)
 
     @app.post("/v1/score")
     async def score(request: ScoreRequest) -> ScoreResponse:
@@ -148,6 +136,23 @@ def create_app(replica: ReplicaHandle, policy: Policy, limits: IngressArgs) -> F
         return await _within(limits.request_timeout_s, rank_images(request, replica, limits))
 
     return app
+
+
+async def check_ready(replica: ReplicaHandle, policy: Policy, limits: IngressArgs) -> dict[str, Any]:
+    """What is ready. Raises Problem with the reason where nothing is."""
+    try:
+        identity = await _within(limits.ready_timeout_s, replica.readiness())
+        check_policy(policy, identity)
+    except NOT_READY as error:
+        detail = f"no replica is ready: {type(error).__name__}: {error}"
+        raise Problem(503, RequestCode.NOT_READY, detail) from error
+    return {
+        "status": "ready",
+        "golden": "passed" if identity["has_golden"] else "absent",
+        "model": model_facts(identity).model_dump(),
+        "policy": {"id": policy.id, "hash": policy.content_hash},
+        "code_version": identity["code_version"],
+    }
 
 
 async def score_items(
