@@ -3,7 +3,7 @@
 Finds and hashes the files; reads no weights and needs no torch.
 
     <bundle>/scorer.json     what belongs together; relative or absolute paths, s3://, or pinned hub names
-    <bundle>/backbone/       config.json, clip_tower.json (optional), tokenizer.json, *.safetensors
+    <bundle>/backbone/       config.json, clip_tower.json (phi3v, optional), tokenizer.json, *.safetensors
     <bundle>/<adapter>/      reward_config.yaml, pytorch_model.bin, lora/ (as the authors publish it), or instead
     <bundle>/<adapter>.safetensors    all of that in one file (adapter_file.py)
     <bundle>/golden.json     optional: inputs with known rewards
@@ -22,13 +22,13 @@ from model.checkpoint_store import ADAPTER, BACKBONE, check_hashes, fetch, file_
 from model.errors import ConfigError
 from model.images import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
 from model.llava_reward.adapter_file import HEAD_CONFIG, HEAD_TENSORS, LORA_CONFIG, LORA_TENSORS, is_adapter_file
-from model.llava_reward.config import read_head_config, read_json
+from model.llava_reward.config import HeadConfig, read_head_config, read_json
+from model.llava_reward.model_config import FAMILIES, QWEN_RELEASED_KEYS, QWEN_SKIP_CA_KEYS, check_head
 from model.meaning import Head, HeadTraining
 from model.perspectives import Perspective
 from model.scorer import ScorerIdentity
 
 SYSTEM = "llava_reward"
-FAMILY = "phi3v"
 
 # The longest prompts that people log are some hundred tokens; beyond this a text is an accident, and its
 # attention would cost more than the image's.
@@ -42,7 +42,6 @@ _REQUIRED = {
     "is_trained": bool,
     "backbone": str,
     "adapters": dict,
-    "num_crops": int,
 }
 _OPTIONAL = {
     "hashes": dict,
@@ -52,19 +51,27 @@ _OPTIONAL = {
     "max_image_pixels": int,
     "notes": str,
 }
+# Keys that have a meaning for one family only.
+_REQUIRED_OF = {"phi3v": {"num_crops": int}}
+_OPTIONAL_OF = {"qwen": {"qwen_skipca_keys": str}}
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """One ``scorer.json``, checked, with its paths resolved."""
+    """One ``scorer.json``, checked, with its paths resolved.
+
+    - num_crops: phi3v only, 1 otherwise; skip_ca_keys: qwen only, None otherwise
+    """
 
     folder: Path
+    family: str
     name: str
     licence: str
     is_trained: bool
     backbone: Path
     adapters: Mapping[Perspective, Path]
     num_crops: int
+    skip_ca_keys: str | None
     max_prompt_tokens: int
     max_image_bytes: int
     max_image_pixels: int
@@ -81,21 +88,22 @@ def read_bundle(folder: Path) -> Bundle:
     """Read and check ``folder/scorer.json``; raises ``ConfigError`` naming the file, the key and the remedy."""
     path = folder / "scorer.json"
     values = read_json(path)
+    _check_system(path, values)
     _check_keys(path, values)
-    if (values["system"], values["family"]) != (SYSTEM, FAMILY):
-        raise ConfigError(f"{path}: system={values['system']!r} family={values['family']!r} is not {SYSTEM}/{FAMILY}")
-    if values["num_crops"] < 1:
-        raise ConfigError(f"{path}: num_crops={values['num_crops']} must be at least 1")
+    _check_family_values(path, values)
+    family = values["family"]
     backbone = _located(path, values["backbone"], BACKBONE)
     adapters = _adapters(path, values["adapters"])
     return Bundle(
         folder=folder,
+        family=family,
         name=values["name"],
         licence=values["licence"],
         is_trained=values["is_trained"],
         backbone=backbone,
         adapters=adapters,
-        num_crops=values["num_crops"],
+        num_crops=values.get("num_crops", 1),
+        skip_ca_keys=values.get("qwen_skipca_keys", QWEN_RELEASED_KEYS) if family == "qwen" else None,
         max_prompt_tokens=values.get("max_prompt_tokens", MAX_PROMPT_TOKENS),
         max_image_bytes=values.get("max_image_bytes", MAX_IMAGE_BYTES),
         max_image_pixels=values.get("max_image_pixels", MAX_IMAGE_PIXELS),
@@ -105,11 +113,20 @@ def read_bundle(folder: Path) -> Bundle:
     )
 
 
+def _check_system(path: Path, values: Mapping[str, Any]) -> None:
+    """First of all: which keys are known depends on the family."""
+    system, family = values.get("system"), values.get("family")
+    if system != SYSTEM or family not in FAMILIES:
+        raise ConfigError(f"{path}: system={system!r} family={family!r} is not {SYSTEM} with one of {list(FAMILIES)}")
+
+
 def _check_keys(path: Path, values: Mapping[str, Any]) -> None:
-    known = {**_REQUIRED, **_OPTIONAL}
-    missing, surplus = sorted(set(_REQUIRED) - set(values)), sorted(set(values) - set(known))
+    family = values["family"]
+    required = {**_REQUIRED, **_REQUIRED_OF.get(family, {})}
+    known = {**required, **_OPTIONAL, **_OPTIONAL_OF.get(family, {})}
+    missing, surplus = sorted(set(required) - set(values)), sorted(set(values) - set(known))
     if missing or surplus:
-        raise ConfigError(f"{path}: missing keys {missing}, unknown keys {surplus}")
+        raise ConfigError(f"{path}: family={family!r}: missing keys {missing}, unknown keys {surplus}")
     # bool is an int for isinstance, hence the comparison of types.
     wrong = [
         f"{key}={value!r} (expected {known[key].__name__})"
@@ -118,6 +135,14 @@ def _check_keys(path: Path, values: Mapping[str, Any]) -> None:
     ]
     if wrong:
         raise ConfigError(f"{path}: {', '.join(wrong)}")
+
+
+def _check_family_values(path: Path, values: Mapping[str, Any]) -> None:
+    if values.get("num_crops", 1) < 1:
+        raise ConfigError(f"{path}: num_crops={values['num_crops']} must be at least 1")
+    keys = values.get("qwen_skipca_keys", QWEN_RELEASED_KEYS)
+    if keys not in QWEN_SKIP_CA_KEYS:
+        raise ConfigError(f"{path}: qwen_skipca_keys={keys!r}, expected one of {list(QWEN_SKIP_CA_KEYS)}")
 
 
 def _adapters(path: Path, values: Mapping[str, Any]) -> dict[Perspective, Path]:
@@ -187,10 +212,11 @@ def read_identity(folder: Path, *, dtype: str, preprocessing_hash: str) -> Score
     checkpoints, vectors = {}, []
     for perspective in bundle.perspectives:
         adapter = bundle.adapters[perspective]
-        lines = backbone_lines + _hash_lines("adapter", adapter, _adapter_files(adapter))
-        digest = hashlib.sha256("".join(lines).encode()).hexdigest()
-        checkpoints[perspective] = f"{bundle.name}@sha256:{digest}"
-        if read_head_config(adapter / "reward_config.yaml").is_general_preference:
+        head = read_head_config(adapter / HEAD_CONFIG)
+        check_head(bundle.family, head, adapter)
+        lines = backbone_lines + _hash_lines("adapter", adapter, _adapter_files(adapter)) + _option_lines(bundle, head)
+        checkpoints[perspective] = f"{bundle.name}@sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
+        if head.is_general_preference:
             vectors.append(perspective)
     return ScorerIdentity(
         name=bundle.name,
@@ -222,6 +248,13 @@ def read_heads(bundle: Bundle, identity: ScorerIdentity) -> dict[Perspective, He
         checkpoint = identity.checkpoints[perspective]
         heads[perspective] = Head(perspective, checkpoint, config.tau, config.is_general_preference, training)
     return heads
+
+
+def _option_lines(bundle: Bundle, head: HeadConfig) -> list[str]:
+    """What decides this perspective's reward beside its files: one set of weights has two meanings in qwen's SkipCA."""
+    if bundle.skip_ca_keys is None or not head.has_skip_ca:
+        return []
+    return [f"option/qwen_skipca_keys {bundle.skip_ca_keys}\n"]
 
 
 def _hash_lines(role: str, root: Path, files: Iterable[Path]) -> list[str]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,88 +18,115 @@ from torch import Tensor, nn
 
 from model.errors import ConfigError
 from model.llava_reward.adapter_file import inside, member_of
-from model.llava_reward.backbones.phi3v import VisionEncoder
+from model.llava_reward.backbones.families import read_backbone
+from model.llava_reward.backbones.interface import Backbone, WeightNames
 from model.llava_reward.bundle import adapter_weights, backbone_weights
-from model.llava_reward.config import (
-    ClipConfig,
-    LoraConfig,
-    Phi3VConfig,
-    read_clip_config,
-    read_head_config,
-    read_lora_config,
-    read_phi3v_config,
-)
+from model.llava_reward.config import LoraConfig, read_head_config, read_lora_config
+from model.llava_reward.model_config import check_head
 from model.llava_reward.network import RewardBranch, RewardNetwork
 from model.perspectives import Perspective
 
-_EMBED = "model.embed_tokens.weight"
-_EMBED_ALIAS = "model.vision_embed_tokens.wte.weight"
-_VISION = "model.vision_embed_tokens."
-_PROJECTOR = "model.vision_embed_tokens.img_projection."
-# Published, and never read for a reward.
-_UNUSED = re.compile(r"lm_head\.weight|.*vision_model\.post_layernorm\..*|.*\.position_ids|.*\.rotary_emb\.inv_freq")
 # The released code finds the head's tensors by these endings, whatever stands before them.
 _HEAD_NAMES = ("value_head.weight", "W_q.weight", "W_k.weight", "W_v.weight", "ca_layernorm.weight")
-_PROJECTOR_ENDINGS = tuple(f"img_projection.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias"))
-_LORA_KEY = re.compile(r"(?:.*?\.)?(model\.layers\.\d+\.(?:self_attn|mlp)\.\w+)\.lora_([AB])(?:\.default)?\.weight")
+_LORA_KEY = re.compile(r"(?:base_model\.model\.|module\.)*(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 Tensors = dict[str, Tensor]
 
 
+class _BaseTensors:
+    """The backbone's tensors under their names here. What is used as it is exists once on the device."""
+
+    def __init__(self, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> None:
+        self._stored, self._device, self._dtype = tensors, device, dtype
+        self._ready: Tensors = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._ready:
+            self._ready[name] = self._stored[name].to(self._device, self._dtype)
+        return self._ready[name]
+
+    def merged(self, name: str, delta: Tensor, source: Path) -> Tensor:
+        """The stored tensor plus a LoRA update in float32, rounded once."""
+        found = list(self._stored[name].shape) if name in self._stored else "nothing"
+        if found != list(delta.shape):
+            raise ConfigError(f"{source}: {name} needs {list(delta.shape)}, the backbone has {found}")
+        return (self._stored[name].to(self._device, torch.float32) + delta).to(self._dtype)
+
+    def names(self) -> set[str]:
+        return set(self._stored)
+
+
 def load_network(
-    backbone: Path, adapters: Mapping[Perspective, Path], *, device: torch.device, dtype: torch.dtype
+    backbone: Path,
+    adapters: Mapping[Perspective, Path],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    family: str = "phi3v",
+    skip_ca_keys: str | None = None,
 ) -> RewardNetwork:
     """Build the network of a backbone and its adapters, in evaluation mode and without gradients.
 
     LoRA is merged in float32 and rounded to ``dtype`` once. Tensors that no adapter changes exist once, however
     many perspectives there are.
 
+    - family, skip_ca_keys: as in ``scorer.json``
     - raises: ``ConfigError`` naming the file and every tensor that is missing, left over or misshaped
     """
-    config = read_phi3v_config(backbone / "config.json")
-    clip = read_clip_config(backbone / "clip_tower.json")
-    base = _load_backbone(backbone, clip)
+    heads = {p: read_head_config(path / "reward_config.yaml") for p, path in adapters.items()}
+    for perspective, path in adapters.items():
+        check_head(family, heads[perspective], path)
+    built = read_backbone(family, backbone, skip_ca_keys=skip_ca_keys)
     with torch.device("meta"):
-        vision = VisionEncoder(clip)
-    vision_tensors = {name: base.pop(_VISION + name) for name in vision.state_dict() if _VISION + name in base}
-    _fill(vision, vision_tensors, f"{backbone} (image tower)", device, dtype)
-    merged_names = {name for name in base if name.endswith("_proj.weight")}
-    shared = {n: t if n in merged_names else t.to(device, dtype) for n, t in base.items()}
-    branches = {p: _load_branch(config, clip, shared, path, device, dtype) for p, path in adapters.items()}
-    network = RewardNetwork(config, vision, branches)
+        vision = built.build_vision()
+    tensors = _load_backbone(backbone, built.names)
+    prefix = built.names.vision
+    _fill(vision, _take(tensors, prefix, vision), f"{backbone} (image tower)", device, dtype)
+    base = _BaseTensors(tensors, device, dtype)
+    branches = {}
+    for perspective, path in adapters.items():
+        with torch.device("meta"):
+            branch = RewardBranch(built, heads[perspective])
+        _fill(branch, _branch_tensors(built, branch, base, path, device), str(path), device, dtype)
+        branches[perspective] = branch
+    network = RewardNetwork(built, vision, branches)
     return network.eval().requires_grad_(False)
 
 
-def _load_backbone(backbone: Path, clip: ClipConfig) -> Tensors:
-    """All tensors that a reward needs, as stored."""
+def _take(tensors: Tensors, prefix: str, module: nn.Module) -> Tensors:
+    """Remove and return the tensors of a module whose names carry ``prefix``."""
+    return {name: tensors.pop(prefix + name) for name in module.state_dict() if prefix + name in tensors}
+
+
+def _load_backbone(backbone: Path, names: WeightNames) -> Tensors:
+    """All tensors that a reward needs, as stored, under their names here."""
     tensors: Tensors = {}
     for path in backbone_weights(backbone):
         try:
-            tensors.update(load_file(path))
+            stored = load_file(path)
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path} is not a safetensors file: {error}") from error
-    alias = tensors.pop(_EMBED_ALIAS, None)
-    if alias is not None:
-        tensors.setdefault(_EMBED, alias)
-    last = re.compile(rf".*vision_model\.encoder\.layers\.{clip.feature_layers}\..*")
-    return {n: t for n, t in tensors.items() if not _UNUSED.fullmatch(n) and not last.fullmatch(n)}
+        for published, tensor in stored.items():
+            if names.unused.fullmatch(published):
+                continue
+            name = names.rename(published)
+            if name in tensors and not torch.equal(tensors[name], tensor):
+                raise ConfigError(f"{path}: {published} is a second, different {name}")
+            tensors[name] = tensor
+    return tensors
 
 
-def _load_branch(
-    config: Phi3VConfig, clip: ClipConfig, base: Tensors, adapter: Path, device: torch.device, dtype: torch.dtype
-) -> RewardBranch:
+def _branch_tensors(
+    backbone: Backbone[Any, Any], branch: RewardBranch, base: _BaseTensors, adapter: Path, device: torch.device
+) -> Tensors:
+    """Everything of one perspective: the adapter's own tensors, merged weights, and the rest of the backbone."""
     head_path, lora_path = adapter_weights(adapter)
-    with torch.device("meta"):
-        branch = RewardBranch(config, clip, read_head_config(adapter / "reward_config.yaml"))
     lora = read_lora_config(adapter / "lora" / "adapter_config.json")
-    tensors = {**base, **_head_tensors(head_path)}  # the stored projector wins over the backbone's
-    for name, delta in _lora_deltas(lora_path, lora, config, device).items():
-        if name not in base or base[name].shape != delta.shape:
-            found = list(base[name].shape) if name in base else "nothing"
-            raise ConfigError(f"{lora_path}: {name} needs {list(delta.shape)}, the backbone has {found}")
-        tensors[name] = base[name].to(device, torch.float32) + delta
-    _fill(branch, tensors, str(adapter), device, dtype)
-    return branch
+    # The stored projector wins over the backbone's.
+    tensors = _head_tensors(head_path, backbone.names.projector, branch.state_dict())
+    for name, delta in _lora_deltas(lora_path, lora, backbone, device).items():
+        tensors[name] = base.merged(name, delta, lora_path)
+    return tensors | {name: base[name] for name in base.names() - set(tensors)}
 
 
 def _fill(module: nn.Module, tensors: Tensors, source: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -114,6 +142,8 @@ def _fill(module: nn.Module, tensors: Tensors, source: str, device: torch.device
     if missing or surplus or misshaped:
         raise ConfigError(f"{source}: missing tensors {missing}; surplus {surplus}; misshaped {misshaped}")
     module.load_state_dict({n: t.to(device, dtype) for n, t in tensors.items()}, assign=True)
+    # Buffers that are in no file, such as rotary frequencies, still lie where they were made.
+    module.to(device)
 
 
 def read_tensors(path: Path) -> Tensors:
@@ -134,14 +164,15 @@ def read_tensors(path: Path) -> Tensors:
     return tensors
 
 
-def _head_tensors(path: Path) -> Tensors:
+def _head_tensors(path: Path, projector: str, expected: Iterable[str]) -> Tensors:
     """``pytorch_model.bin`` under the network's names; any prefix before the known endings is dropped."""
+    parent = projector[: projector[:-1].rindex(".") + 1]
+    endings = {name: name for name in _HEAD_NAMES}
+    endings |= {name.removeprefix(parent): name for name in expected if name.startswith(projector)}
     found: Tensors = {}
     unknown = []
     for key, tensor in read_tensors(path).items():
-        name = next((n for n in _HEAD_NAMES if key == n or key.endswith(f".{n}")), None)
-        if name is None and key.endswith(_PROJECTOR_ENDINGS):
-            name = _PROJECTOR + key.rsplit("img_projection.", 1)[1]
+        name = next((n for ending, n in endings.items() if key == ending or key.endswith(f".{ending}")), None)
         if name is None or name in found:
             unknown.append(key)
         else:
@@ -151,19 +182,20 @@ def _head_tensors(path: Path) -> Tensors:
     return found
 
 
-def _lora_deltas(path: Path, lora: LoraConfig, config: Phi3VConfig, device: torch.device) -> Tensors:
+def _lora_deltas(path: Path, lora: LoraConfig, backbone: Backbone[Any, Any], device: torch.device) -> Tensors:
     """``scale * B @ A`` in float32 per weight name."""
     pairs: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, tensor in read_tensors(path).items():
         match = _LORA_KEY.fullmatch(key)
-        if match is None or match[2] in pairs.get(match[1], {}):
+        module = backbone.names.rename(match[1]) if match else ""
+        if match is None or not _is_layer_part(module, backbone.names) or match[2] in pairs.get(module, {}):
             unknown.append(key)
         else:
-            pairs.setdefault(match[1], {})[match[2]] = tensor
+            pairs.setdefault(module, {})[match[2]] = tensor
     missing = sorted(
         f"{module}.lora_{side}.weight"
-        for module in set(_lora_modules(lora.targets, config.num_hidden_layers)) | set(pairs)
+        for module in set(_lora_modules(lora.targets, backbone)) | set(pairs)
         for side in "AB"
         if side not in pairs.get(module, {})
     )
@@ -181,6 +213,17 @@ def _fits(pair: Mapping[str, Tensor], rank: int) -> bool:
     return a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1] == rank
 
 
-def _lora_modules(targets: Iterable[str], layers: int) -> list[str]:
-    part = {"qkv_proj": "self_attn", "o_proj": "self_attn", "gate_up_proj": "mlp", "down_proj": "mlp"}
-    return [f"model.layers.{i}.{part[t]}.{t}" for i in range(layers) for t in targets if t in part]
+def _is_layer_part(module: str, names: WeightNames) -> bool:
+    return re.fullmatch(re.escape(names.layers) + r"\d+\.(?:self_attn|mlp)\.\w+", module) is not None
+
+
+def _lora_modules(targets: Iterable[str], backbone: Backbone[Any, Any]) -> list[str]:
+    """The modules that an adapter must change. Targets are last names or, as qwen and llava have them, whole paths."""
+    names, wanted = backbone.names, {backbone.names.rename(target) for target in targets}
+    modules = [
+        (f"{names.layers}{layer}.{part}.{projection}", projection)
+        for layer in range(backbone.num_layers)
+        for part, projections in names.projections.items()
+        for projection in projections
+    ]
+    return [module for module, last in modules if module in wanted or last in wanted]

@@ -8,84 +8,71 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from model.llava_reward.backbones.phi3v import Lengths, Phi3VModel, RmsNorm, VisionEncoder
-from model.llava_reward.backbones.rope import rope_tables
-from model.llava_reward.config import ClipConfig, HeadConfig, Phi3VConfig
+from model.errors import ConfigError
+from model.llava_reward.backbones.interface import Backbone, EndState
+from model.llava_reward.backbones.rms_norm import RmsNorm
+from model.llava_reward.config import HeadConfig
 from model.perspectives import Perspective
-
-# Fixed in the released code, whatever the backbone's own value.
-_CA_NORM_EPS = 1e-5
-
-
-@dataclass(frozen=True)
-class NetworkInput:
-    """One sample on the device, without any padding.
-
-    - input_ids: ``(length,)`` int64, negative where an image token goes, the end token last
-    - crops: ``(1 + rows*columns, 3, c, c)`` normalised, global view first
-    - grid: rows and columns of crops
-    """
-
-    input_ids: Tensor
-    crops: Tensor
-    grid: tuple[int, int]
 
 
 class RewardBranch(nn.Module):
-    """Everything that belongs to one perspective, LoRA already merged."""
+    """Everything that belongs to one perspective, LoRA already merged.
 
-    def __init__(self, config: Phi3VConfig, clip: ClipConfig, head: HeadConfig) -> None:
+    - raises: ``ConfigError`` where the adapter has SkipCA and the family has none
+    """
+
+    def __init__(self, backbone: Backbone[Any, Any], head: HeadConfig) -> None:
         super().__init__()
-        hidden = config.hidden_size
+        hidden = backbone.hidden_size
         self.head = head
-        self.model = Phi3VModel(config, clip)
+        self.model = backbone.build_model()
         self.value_head = nn.Linear(hidden, head.value_head_dim, bias=False)
         if head.has_skip_ca:
+            if backbone.skip_ca is None:
+                raise ConfigError("add_cross_attention=true, but this backbone's released form has no SkipCA")
+            self.has_image_keys = backbone.skip_ca.has_image_keys
             self.W_q = nn.Linear(hidden, hidden, bias=False)
             self.W_k = nn.Linear(hidden, hidden, bias=False)
             self.W_v = nn.Linear(hidden, hidden, bias=False)
-            self.ca_layernorm = RmsNorm(hidden, _CA_NORM_EPS)
+            self.ca_layernorm = RmsNorm(hidden, backbone.skip_ca.norm_eps)
 
-    def head_input(self, end_hidden: Tensor, image_tokens: Sequence[Tensor]) -> Tensor:
+    def head_input(self, end: EndState) -> Tensor:
         """SkipCA: the end token attends once to its own image tokens.
 
-        Folded for a single query: scores = E (W_k^T W_q x) / sqrt(h), output = W_v (sum_j p_j E_j). That is the
-        released formula, without keys and values for thousands of image tokens.
+        Where the released form finds no key, the attention's output is zero, and only the norm remains.
 
-        - end_hidden: ``(b, h)`` after the final norm; image_tokens: per sample ``(n, h)``, projected
-        - returns: ``(b, h)``; ``end_hidden`` itself for checkpoints without SkipCA
+        - returns: ``(b, h)``; the end token's hidden state itself for checkpoints without SkipCA
         """
         if not self.head.has_skip_ca:
-            return end_hidden
-        tokens = pad_sequence(list(image_tokens), batch_first=True)  # (b, n, h)
-        counts = torch.tensor([len(t) for t in image_tokens], device=tokens.device)
-        is_padding = torch.arange(tokens.shape[1], device=tokens.device) >= counts[:, None]
-        folded_query = self.W_q(end_hidden) @ self.W_k.weight  # (b, h)
-        scores = torch.einsum("bnh,bh->bn", tokens, folded_query).float() / math.sqrt(end_hidden.shape[-1])
-        # Padding must weigh nothing, or a reward would depend on the largest image of its batch.
-        weights = scores.masked_fill(is_padding, -math.inf).softmax(-1).to(tokens.dtype)
-        mixed = self.W_v(torch.einsum("bn,bnh->bh", weights, tokens))
-        out: Tensor = self.ca_layernorm(end_hidden + mixed)
+            return end.hidden
+        mixed = self._attend(end) if self.has_image_keys else torch.zeros_like(end.hidden)
+        out: Tensor = self.ca_layernorm(end.hidden + mixed)
         return out
 
-    def forward(
-        self, input_ids: Tensor, merged: Sequence[Tensor], rope: tuple[Tensor, Tensor], lengths: Lengths
-    ) -> Tensor:
-        """Rewards of right-padded samples.
+    def _attend(self, end: EndState) -> Tensor:
+        """Folded for a single query: scores = E (W_k^T W_q x) / sqrt(h), output = W_v (sum_j p_j E_j).
 
-        - input_ids: ``(b, l)``; merged: per sample ``(n, 4w)`` from the shared tower
-        - returns: ``(b, v)``, unbounded, higher is better
+        That is the released formula, without keys and values for thousands of image tokens.
         """
-        projected = self.model.vision_embed_tokens(torch.cat(list(merged)))
-        end_hidden = self.model.end_hidden(self.model.embed(input_ids, projected), rope, lengths)
-        image_tokens = projected.split([len(m) for m in merged])
-        rewards: Tensor = self.value_head(self.head_input(end_hidden, image_tokens))
+        tokens = pad_sequence(list(end.image_tokens), batch_first=True)  # (b, n, h)
+        counts = torch.tensor([len(t) for t in end.image_tokens], device=tokens.device)
+        is_padding = torch.arange(tokens.shape[1], device=tokens.device) >= counts[:, None]
+        folded_query = self.W_q(end.hidden) @ self.W_k.weight  # (b, h)
+        scores = torch.einsum("bnh,bh->bn", tokens, folded_query).float() / math.sqrt(tokens.shape[-1])
+        # Padding must weigh nothing, or a reward would depend on the largest image of its batch.
+        weights = scores.masked_fill(is_padding, -math.inf).softmax(-1).to(tokens.dtype)
+        mixed: Tensor = self.W_v(torch.einsum("bn,bnh->bh", weights, tokens))
+        return mixed
+
+    def forward(self, end: EndState) -> Tensor:
+        """Rewards ``(b, v)``, unbounded, higher is better."""
+        rewards: Tensor = self.value_head(self.head_input(end))
         return rewards
 
 
@@ -93,28 +80,26 @@ class RewardNetwork(nn.Module):
     """All perspectives of one checkpoint bundle."""
 
     def __init__(
-        self, config: Phi3VConfig, vision: VisionEncoder, branches: Mapping[Perspective, RewardBranch]
+        self, backbone: Backbone[Any, Any], vision: nn.Module, branches: Mapping[Perspective, RewardBranch]
     ) -> None:
         super().__init__()
-        self.config = config
+        self.backbone = backbone
         self.vision = vision
         self.branches = nn.ModuleDict({str(perspective): branch for perspective, branch in branches.items()})
 
-    def forward(self, batch: Sequence[NetworkInput], perspectives: Sequence[Perspective]) -> dict[Perspective, Tensor]:
+    def branch(self, perspective: Perspective) -> RewardBranch:
+        """The part of one perspective."""
+        return cast(RewardBranch, self.branches[str(perspective)])
+
+    def forward(self, batch: Sequence[Any], perspectives: Sequence[Perspective]) -> dict[Perspective, Tensor]:
         """Rewards of any mix of sizes and lengths; each equals the reward of its sample alone.
 
-        The tower runs once per image, on real crops only, whatever the number of perspectives.
-
+        - batch: samples as ``backbone.sample`` makes them
         - returns: per perspective ``(b, v)``
         """
-        merged = self.vision([item.crops for item in batch], [item.grid for item in batch])
-        input_ids = pad_sequence([item.input_ids for item in batch], batch_first=True)
-        counts = torch.tensor([len(item.input_ids) for item in batch], device=input_ids.device)
-        lengths = Lengths(counts, input_ids.shape[1])
-        rope = rope_tables(counts, lengths.padded, self.config.rope)
-        return {p: self.branches[str(p)](input_ids, merged, rope, lengths) for p in perspectives}
-
-
-def strip_padding(input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
-    """Rows of a padded batch without their padding, left or right: ``(b, l)`` to ``b`` of ``(length,)``."""
-    return [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        shared = self.backbone.share(self.vision, batch)
+        rewards = {}
+        for perspective in perspectives:
+            branch = self.branch(perspective)
+            rewards[perspective] = branch(self.backbone.end_state(branch.model, shared))
+        return rewards

@@ -1,7 +1,8 @@
-"""CPU preprocessing of LLaVA-Reward (phi3v): bytes and prompt to a uint8 picture and token ids.
+"""CPU preprocessing of LLaVA-Reward: bytes and prompt to a uint8 picture and token ids.
 
 Needs Pillow, numpy and tokenizers, never torch, so that data workers start fast. Normalising, the global
 view and cutting into crops happen on the device, in ``pixels.py``: what travels is the uint8 picture.
+The pictures of phi3v are made here, those of the other families in ``qwen_inputs.py`` and ``llava_inputs.py``.
 
 Letters: H, W: height and width in pixels after padding, multiples of the crop side. n: tokens.
 Source of the picture's part: the "HD transform" of microsoft/Phi-3.5-vision-instruct, image_processing_phi3_v.py.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,11 @@ from model.errors import ConfigError, ErrorCode, InputError, Stage
 from model.images import decode_image, image_facts
 from model.llava_reward.bundle import Bundle, read_bundle
 from model.llava_reward.bundle import read_identity as hash_identity
-from model.llava_reward.config import ClipConfig, read_clip_config, read_json
+from model.llava_reward.config import ClipConfig, read_clip_config, read_phi3v_config
+from model.llava_reward.family_inputs import FamilyInputs
+from model.llava_reward.llava_inputs import LlavaInputs
+from model.llava_reward.prompt_tokens import PHI3V_TEXT, PromptTokenizer
+from model.llava_reward.qwen_inputs import QwenInputs
 from model.prompts import encode_prompt
 from model.schema import Generation, RowError
 from model.scorer import Prepared, ScorerIdentity
@@ -34,8 +39,6 @@ from model.scorer import Prepared, ScorerIdentity
 PROCESSOR_VERSION = 1
 
 IMAGE_TOKEN = -1  # stands in the ids where an image feature goes
-_END = "<|endoftext|>"
-_BEFORE_IMAGE = "<|user|>\n"
 _WHITE = (255, 255, 255)
 
 
@@ -104,45 +107,33 @@ def max_image_tokens(num_crops: int, clip: ClipConfig) -> int:
     return (num_crops + 1) * side * side + 1 + (num_crops + 1) * side
 
 
-class PromptTokenizer:
-    """Token ids of the text around the image, from a ``tokenizer.json``.
+class Phi3VInputs:
+    """phi3v: the HD transform, and the text in two parts around the image."""
 
-    The image splits the text ``<|user|>\\n<|image_1|>\\n{prompt}<|endoftext|>`` into two parts that are encoded
-    apart, each with its own start token, as the reference does. A prompt is always plain text: special tokens
-    spelled inside it are encoded as their characters, so it can neither move the end token nor add an image.
-    """
+    text = PHI3V_TEXT
 
-    def __init__(self, path: Path) -> None:
-        values = read_json(path)
-        full = _tokenizer(path, values)
-        # Tokens that the file does not mark special would otherwise still be found inside prompts.
-        for token in values.get("added_tokens", []):
-            token["special"] = True
-        self._plain = _tokenizer(path, values)
-        self._plain.encode_special_tokens = True
-        end_id = full.token_to_id(_END)
-        if end_id is None:
-            raise ConfigError(f"{path} has no token {_END}; it is not the tokenizer of a phi3v checkpoint")
-        self.end_id: int = end_id
-        self.before_image: list[int] = full.encode(_BEFORE_IMAGE).ids
-        self.max_token_chars = max(map(len, full.get_vocab()))
-        probe = "a probe "
-        if full.encode(f"\n{probe}{_END}").ids != self.after_image(probe):
-            raise ConfigError(f"{path}: encoding plain text and {_END} apart differs from encoding them together")
+    def __init__(self, bundle: Bundle) -> None:
+        self._num_crops = bundle.num_crops
+        self._clip = read_clip_config(bundle.backbone / "clip_tower.json")
+        self.max_positions = read_phi3v_config(bundle.backbone / "config.json").max_position_embeddings
+        self.max_image_tokens = max_image_tokens(bundle.num_crops, self._clip)
+        self.facts: dict[str, object] = {
+            "num_crops": bundle.num_crops,
+            "crop_size": self._clip.image_size,
+            "patch_size": self._clip.patch_size,
+        }
 
-    def after_image(self, prompt: str) -> list[int]:
-        """Ids of the part behind the image, end token included."""
-        return [*self._plain.encode(f"\n{prompt}").ids, self.end_id]
+    def picture(self, image: Image.Image) -> tuple[dict[str, np.ndarray], int]:
+        """``pixels``: ``(H, W, 3)`` uint8, resized and padded."""
+        padded = hd_transform(image, num_crops=self._num_crops, crop_size=self._clip.image_size)
+        return {"pixels": np.array(padded)}, num_image_tokens(padded.width, padded.height, self._clip)
 
 
-def _tokenizer(path: Path, values: dict[str, object]) -> tokenizers.Tokenizer:
-    try:
-        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(values))
-    except Exception as error:  # the library raises nothing narrower
-        raise ConfigError(f"{path} is not a tokenizer: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+_INPUTS: dict[str, Callable[[Bundle], FamilyInputs]] = {
+    "phi3v": Phi3VInputs,
+    "qwen": QwenInputs,
+    "llava": LlavaInputs,
+}
 
 
 class LlavaRewardPreprocessor:
@@ -150,17 +141,16 @@ class LlavaRewardPreprocessor:
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._clip = read_clip_config(bundle.backbone / "clip_tower.json")
-        self.crop_size = self._clip.image_size
+        self._inputs = _INPUTS[bundle.family](bundle)
         tokenizer_path = bundle.backbone / "tokenizer.json"
-        self.tokenizer = PromptTokenizer(tokenizer_path)
+        self.tokenizer = PromptTokenizer(tokenizer_path, self._inputs.text)
         self.max_prompt_tokens = self._prompt_limit(bundle.backbone / "config.json")
         self.preprocessing_hash = self._hash(tokenizer_path)
 
     def _prompt_limit(self, config_path: Path) -> int:
         """The configured limit, or less where the longest image would leave too few positions."""
-        positions = int(read_json(config_path)["max_position_embeddings"])
-        around = len(self.tokenizer.before_image) + max_image_tokens(self._bundle.num_crops, self._clip)
+        positions = self._inputs.max_positions
+        around = len(self.tokenizer.before_image) + self._inputs.max_image_tokens
         limit = min(self._bundle.max_prompt_tokens, positions - around)
         if limit < 1:
             raise ConfigError(
@@ -173,9 +163,7 @@ class LlavaRewardPreprocessor:
         facts = {
             "processor": PROCESSOR_VERSION,
             "tokenizer": hashlib.sha256(tokenizer_path.read_bytes()).hexdigest(),
-            "num_crops": bundle.num_crops,
-            "crop_size": self.crop_size,
-            "patch_size": self._clip.patch_size,
+            **self._inputs.facts,
             "max_prompt_tokens": self.max_prompt_tokens,
             "max_image_bytes": bundle.max_image_bytes,
             "max_image_pixels": bundle.max_image_pixels,
@@ -187,7 +175,7 @@ class LlavaRewardPreprocessor:
     def preprocess(self, generations: Iterable[Generation]) -> list[Prepared]:
         """Arrays of each generation, in order.
 
-        - ``pixels``: ``(H, W, 3)`` uint8, resized and padded
+        - what the family makes of the picture: ``pixels``, uint8, and for llava ``image_size``
         - ``input_ids``: ``(n,)`` int32, -1 where an image feature goes, the end token last
         """
         return [self._prepare(generation) for generation in generations]
@@ -201,18 +189,18 @@ class LlavaRewardPreprocessor:
                 max_image_bytes=self._bundle.max_image_bytes,
                 max_image_pixels=self._bundle.max_image_pixels,
             )
-            picture = hd_transform(image, num_crops=self._bundle.num_crops, crop_size=self.crop_size)
+            arrays, image_tokens = self._inputs.picture(image)
         except InputError as error:
             row_error = RowError(error.code, error.stage, error.message)
             facts = facts or image_facts(generation.image)
             return Prepared(generation.generation_id, image=facts, error=row_error)
-        slots = [IMAGE_TOKEN] * num_image_tokens(picture.width, picture.height, self._clip)
+        slots = [IMAGE_TOKEN] * image_tokens
         ids = np.array([*self.tokenizer.before_image, *slots, *after_image], dtype=np.int32)
-        return Prepared(generation.generation_id, {"pixels": np.array(picture), "input_ids": ids}, facts)
+        return Prepared(generation.generation_id, {**arrays, "input_ids": ids}, facts)
 
     def _encode(self, prompt: str) -> list[int]:
         encode_prompt(prompt)
-        least = len(prompt) // self.tokenizer.max_token_chars
+        least = self.tokenizer.least_tokens(prompt)
         if least > self.max_prompt_tokens:  # certain without the cost of encoding it
             raise self._too_long(len(prompt), f"at least {least}")
         ids = self.tokenizer.after_image(prompt)

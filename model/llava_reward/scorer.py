@@ -16,8 +16,6 @@ from model.errors import ConfigError, ErrorCode, Stage
 from model.golden import check_golden
 from model.llava_reward.bundle import read_bundle, read_heads, read_identity
 from model.llava_reward.checkpoint import load_network
-from model.llava_reward.network import NetworkInput
-from model.llava_reward.pixels import crops_from_pixels
 from model.llava_reward.processor import LlavaRewardPreprocessor
 from model.meaning import Head
 from model.perspectives import Perspective
@@ -45,11 +43,17 @@ class LlavaRewardScorer:
         default = MAX_BATCH_TOKENS_CPU if self._device.type == "cpu" else MAX_BATCH_TOKENS_GPU
         self._max_batch_tokens = max_batch_tokens or default
         self._preprocessor = LlavaRewardPreprocessor(bundle)
-        self._crop_size = self._preprocessor.crop_size
         self.preprocessing_hash = self._preprocessor.preprocessing_hash
         # Before the network is built: it compares the files with their hashes.
         self.identity = read_identity(folder, dtype=dtype, preprocessing_hash=self.preprocessing_hash)
-        self._network = load_network(bundle.backbone, bundle.adapters, device=self._device, dtype=getattr(torch, dtype))
+        self._network = load_network(
+            bundle.backbone,
+            bundle.adapters,
+            device=self._device,
+            dtype=getattr(torch, dtype),
+            family=bundle.family,
+            skip_ca_keys=bundle.skip_ca_keys,
+        )
         self.perspectives: tuple[Perspective, ...] = bundle.perspectives
         self.heads: Mapping[Perspective, Head] = read_heads(bundle, self.identity)
 
@@ -118,15 +122,10 @@ class LlavaRewardScorer:
     def _run(
         self, batch: Sequence[Prepared], wanted: Sequence[Perspective]
     ) -> list[dict[Perspective, tuple[float, ...]]]:
-        rewards = self._network([self._to_device(item) for item in batch], wanted)
+        samples = [self._network.backbone.sample(item.arrays, self._device) for item in batch]
+        rewards = self._network(samples, wanted)
         rows = {p: values.float().tolist() for p, values in rewards.items()}
         return [{p: tuple(rows[p][i]) for p in wanted} for i in range(len(batch))]
-
-    def _to_device(self, item: Prepared) -> NetworkInput:
-        pixels = torch.tensor(item.arrays["pixels"], device=self._device)
-        ids = torch.tensor(item.arrays["input_ids"], device=self._device, dtype=torch.long)
-        grid = (pixels.shape[0] // self._crop_size, pixels.shape[1] // self._crop_size)
-        return NetworkInput(ids, crops_from_pixels(pixels[None], self._crop_size)[0], grid)
 
 
 def _output(item: Prepared, values: dict[Perspective, tuple[float, ...]]) -> RawOutput:

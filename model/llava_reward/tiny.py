@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.golden import GOLDEN_FILE
-from model.llava_reward.backbones.phi3v import VisionEncoder
-from model.llava_reward.config import ClipConfig, HeadConfig, Phi3VConfig, read_clip_config, read_phi3v_config
+from model.llava_reward.backbones.phi3v import Phi3VBackbone, read_backbone
+from model.llava_reward.config import HeadConfig
 from model.llava_reward.network import RewardBranch
 from model.llava_reward.tiny_tokenizer import END, build_tokenizer
 from model.perspectives import Perspective
@@ -78,10 +78,10 @@ def write_checkpoint(out: Path, seed: int = _SEED) -> None:
     tokenizer = build_tokenizer(seed)
     tokenizer.save(str(backbone / "tokenizer.json"))
     _write_json(backbone / "config.json", _lm_config(tokenizer.get_vocab_size(), tokenizer.token_to_id(END)))
-    config, clip = read_phi3v_config(backbone / "config.json"), read_clip_config(backbone / "clip_tower.json")
-    _write_backbone(backbone, config, clip, generator)
+    built = read_backbone(backbone)
+    _write_backbone(backbone, built, generator)
     for perspective in Perspective:
-        _write_adapter(out / perspective, config, clip, generator)
+        _write_adapter(out / perspective, built, generator)
     write_golden(out, seed)
 
 
@@ -141,24 +141,23 @@ def _lm_config(vocabulary: int, end_id: int | None) -> dict[str, Any]:
     }
 
 
-def _write_backbone(folder: Path, config: Phi3VConfig, clip: ClipConfig, generator: torch.Generator) -> None:
+def _write_backbone(folder: Path, built: Phi3VBackbone, generator: torch.Generator) -> None:
     with torch.device("meta"):
-        vision, branch = VisionEncoder(clip), RewardBranch(config, clip, HeadConfig(False, False, 1, 0.1))
+        vision, branch = built.build_vision(), RewardBranch(built, HeadConfig(False, False, 1, 0.1))
     shapes = {f"model.vision_embed_tokens.{name}": t.shape for name, t in vision.state_dict().items()}
     shapes |= {name: t.shape for name, t in branch.state_dict().items() if name != "value_head.weight"}
     tensors = {name: _draw(name, shape, generator) for name, shape in sorted(shapes.items())}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_adapter(folder: Path, config: Phi3VConfig, clip: ClipConfig, generator: torch.Generator) -> None:
+def _write_adapter(folder: Path, built: Phi3VBackbone, generator: torch.Generator) -> None:
     (folder / "lora").mkdir(parents=True, exist_ok=True)
     (folder / "reward_config.yaml").write_text(_REWARD_CONFIG, encoding="utf-8")
     lora_config = {"peft_type": "LORA", "r": _LORA_RANK, "lora_alpha": 2 * _LORA_RANK, "target_modules": [*_TARGETS]}
     _write_json(folder / "lora" / "adapter_config.json", lora_config)
     with torch.device("meta"):
-        shapes = {
-            n: t.shape for n, t in RewardBranch(config, clip, HeadConfig(True, False, 1, 0.1)).state_dict().items()
-        }
+        branch = RewardBranch(built, HeadConfig(True, False, 1, 0.1))
+    shapes = {name: t.shape for name, t in branch.state_dict().items()}
     head, lora = {}, {}
     for name, shape in sorted(shapes.items()):
         module = name.removesuffix(".weight")

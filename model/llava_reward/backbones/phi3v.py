@@ -7,31 +7,27 @@ Source: microsoft/Phi-3.5-vision-instruct, modeling_phi3_v.py and image_embeddin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from model.llava_reward.backbones.clip import ClipTower
-from model.llava_reward.backbones.rope import apply_rope
-from model.llava_reward.config import ClipConfig, Phi3VConfig
+from model.llava_reward.backbones.interface import Backbone, EndState, SkipCaForm, WeightNames
+from model.llava_reward.backbones.lengths import Lengths
+from model.llava_reward.backbones.rms_norm import RmsNorm
+from model.llava_reward.backbones.rope import apply_rope, rope_tables
+from model.llava_reward.config import ClipConfig, Phi3VConfig, read_clip_config, read_phi3v_config
+from model.llava_reward.pixels import crops_from_pixels
 
-
-class RmsNorm(nn.Module):
-    """Statistics in float32, weight applied in the input's dtype."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        wide = hidden.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return wide.to(hidden.dtype) * self.weight
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class VisionTowerHolder(nn.Module):
@@ -100,25 +96,6 @@ class ImageProjector(nn.Module):
     def forward(self, merged: Tensor) -> Tensor:
         projected: Tensor = self.img_projection(merged)
         return projected
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Which tokens of right-padded samples are real. ``counts``: ``(b,)`` int64."""
-
-    counts: Tensor
-    padded: int
-
-    def pick_last(self, values: Tensor) -> Tensor:
-        """The end token's row of ``(b, ..., l, d)`` or ``(1, ..., l, d)``: ``(b, ..., 1, d)``."""
-        values = values.expand(len(self.counts), *values.shape[1:])
-        index = (self.counts - 1).view(-1, *[1] * (values.dim() - 1))
-        return values.gather(-2, index.expand(*values.shape[:-2], 1, values.shape[-1]))
-
-    def key_mask(self) -> Tensor:
-        """``(b, 1, 1, l)`` bool, true at real tokens."""
-        positions = torch.arange(self.padded, device=self.counts.device)
-        return (positions < self.counts[:, None])[:, None, None, :]
 
 
 class Phi3Attention(nn.Module):
@@ -233,3 +210,83 @@ class Phi3VModel(nn.Module):
         last = cast(Phi3Layer, self.layers[-1])
         hidden: Tensor = self.norm(last.forward_last(embedded, rope, lengths))
         return hidden.squeeze(1)
+
+
+@dataclass(frozen=True)
+class Phi3VSample:
+    """One sample on the device, without any padding.
+
+    - input_ids: ``(length,)`` int64, negative where an image token goes, the end token last
+    - crops: ``(1 + rows*columns, 3, c, c)`` normalised, global view first
+    - grid: rows and columns of crops
+    """
+
+    input_ids: Tensor
+    crops: Tensor
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Phi3VShared:
+    """A batch after the tower. ``merged``: per sample ``(n, 4w)``; ``input_ids``: ``(b, l)``, padded on the right."""
+
+    input_ids: Tensor
+    merged: Sequence[Tensor]
+    rope: tuple[Tensor, Tensor]
+    lengths: Lengths
+
+
+class Phi3VBackbone(Backbone[Phi3VSample, Phi3VShared]):
+    """Phi-3.5-vision behind the backbone interface."""
+
+    # The epsilon is fixed in the released code, whatever the backbone's own value.
+    skip_ca = SkipCaForm(norm_eps=1e-5, has_image_keys=True)
+
+    def __init__(self, config: Phi3VConfig, clip: ClipConfig) -> None:
+        self.config, self.clip = config, clip
+        self.hidden_size, self.num_layers = config.hidden_size, config.num_hidden_layers
+        last = rf".*vision_model\.encoder\.layers\.{clip.feature_layers}\..*"
+        self.names = WeightNames(
+            # The embeddings have a second name; files hold either or both.
+            renames=((r"model\.vision_embed_tokens\.wte\.", "model.embed_tokens."),),
+            unused=re.compile(
+                rf"lm_head\.weight|.*vision_model\.post_layernorm\..*|.*\.position_ids|.*\.rotary_emb\.inv_freq|{last}"
+            ),
+            vision="model.vision_embed_tokens.",
+            projector="model.vision_embed_tokens.img_projection.",
+            layers="model.layers.",
+            projections={"self_attn": ("qkv_proj", "o_proj"), "mlp": ("gate_up_proj", "down_proj")},
+        )
+
+    def build_vision(self) -> VisionEncoder:
+        return VisionEncoder(self.clip)
+
+    def build_model(self) -> Phi3VModel:
+        return Phi3VModel(self.config, self.clip)
+
+    def sample(self, arrays: Mapping[str, np.ndarray], device: torch.device) -> Phi3VSample:
+        """``pixels``: ``(H, W, 3)`` uint8, multiples of the crop side; ``input_ids``: ``(length,)`` int32."""
+        pixels = torch.tensor(arrays["pixels"], device=device)
+        ids = torch.tensor(arrays["input_ids"], device=device, dtype=torch.long)
+        side = self.clip.image_size
+        grid = (pixels.shape[0] // side, pixels.shape[1] // side)
+        return Phi3VSample(ids, crops_from_pixels(pixels[None], side)[0], grid)
+
+    def share(self, vision: nn.Module, batch: Sequence[Phi3VSample]) -> Phi3VShared:
+        """The tower runs on real crops only."""
+        merged = vision([item.crops for item in batch], [item.grid for item in batch])
+        input_ids = pad_sequence([item.input_ids for item in batch], batch_first=True)
+        counts = torch.tensor([len(item.input_ids) for item in batch], device=input_ids.device)
+        lengths = Lengths(counts, input_ids.shape[1])
+        return Phi3VShared(input_ids, merged, rope_tables(counts, lengths.padded, self.config.rope), lengths)
+
+    def end_state(self, model: nn.Module, shared: Phi3VShared) -> EndState:
+        phi = cast(Phi3VModel, model)
+        projected = phi.vision_embed_tokens(torch.cat(list(shared.merged)))
+        end_hidden = phi.end_hidden(phi.embed(shared.input_ids, projected), shared.rope, shared.lengths)
+        return EndState(end_hidden, projected.split([len(m) for m in shared.merged]))
+
+
+def read_backbone(folder: Path) -> Phi3VBackbone:
+    """From ``config.json`` and ``clip_tower.json`` (absent for the real model) in ``folder``."""
+    return Phi3VBackbone(read_phi3v_config(folder / "config.json"), read_clip_config(folder / "clip_tower.json"))
