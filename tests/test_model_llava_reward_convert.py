@@ -17,9 +17,11 @@ from model.checkpoint_list import list_checkpoints
 from model.errors import ConfigError
 from model.llava_reward.config import read_head_config, read_lora_config
 from model.llava_reward.convert import convert
+from model.meaning import RewardVector
 from model.perspectives import PERSPECTIVES, Perspective
 from model.schema import Generation
 from model.scorer import SHIPPED, load, load_preprocessor, read_identity
+from tests.llava_reward_bundles import write_bundle
 
 DEMO = SHIPPED / "demo"
 GENERATIONS = [
@@ -100,6 +102,19 @@ def test_backbone_elsewhere_stays_there_with_its_hashes(tmp_path: Path) -> None:
     }
     assert not (tmp_path / "out/backbone").exists()
     assert load(tmp_path / "out").score(GENERATIONS[:1]) == load(DEMO).score(GENERATIONS[:1])
+
+
+@pytest.mark.parametrize("family", ["qwen", "llava"])
+def test_other_families_convert_alike(family: str, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "in", family, {"alignment": "bt_plain", "overall": "gpm_plain"})
+    done = convert(bundle, tmp_path / "out")
+    before, after = load(bundle), load(tmp_path / "out")
+    assert after.score(GENERATIONS[:2]) == before.score(GENERATIONS[:2])
+    assert done.after.vector_perspectives == done.before.vector_perspectives == (Perspective.OVERALL,)
+    images = [generation.image for generation in GENERATIONS[::2]]
+    ranking = after.rank("a red ball", images, Perspective.OVERALL)
+    assert sorted(one.index for one in ranking.ranked) == [0, 1, 2]
+    assert all(isinstance(one.reward, RewardVector) for one in ranking.ranked)
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
