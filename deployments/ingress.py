@@ -23,6 +23,7 @@ from deployments.config import IngressArgs, ServeArgs
 from deployments.guard import Guard
 from deployments.paths import in_project
 from deployments.problems import Problem, RequestCode
+from deployments.rank_wire import RankRequest, RankResponse, head_of, to_rank_response
 from deployments.replica import Item, ScoreReply
 from deployments.wire import (
     ItemError,
@@ -39,6 +40,7 @@ from model.errors import ConfigError, ErrorCode, InputError, OverloadedError, Tr
 from model.perspectives import Perspective
 from model.policy import Policy, check_applies
 from model.policy_file import load_policy
+from model.ranking import rank_records
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
@@ -119,41 +121,45 @@ def create_app(replica: ReplicaHandle, policy: Policy, limits: IngressArgs) -> F
     @app.get("/readyz")
     async def readyz() -> dict[str, Any]:
         """200 only when a replica holds its checkpoint and its last golden check was right."""
-        try:
-            identity = await _within(limits.ready_timeout_s, replica.readiness())
-            check_policy(policy, identity)
-        except NOT_READY as error:
-            detail = f"no replica is ready: {type(error).__name__}: {error}"
-            raise Problem(503, RequestCode.NOT_READY, detail) from error
-        return {
-            "status": "ready",
-            "golden": "passed" if identity["has_golden"] else "absent",
-            "model": model_facts(identity).model_dump(),
-            "policy": {"id": policy.id, "hash": policy.content_hash},
-            "code_version": identity["code_version"],
-        }
+        return await check_ready(replica, policy, limits)
 
     @app.post("/v1/score")
     async def score(request: ScoreRequest) -> ScoreResponse:
         """Rewards and verdict for each image with its prompt."""
-        if len(request.items) > limits.max_items:
-            detail = f"{len(request.items)} items, at most {limits.max_items} per request"
-            raise Problem(422, RequestCode.TOO_MANY_ITEMS, detail)
+        _check_count(len(request.items), limits)
         return await _within(limits.request_timeout_s, score_items(request, replica, policy, limits))
 
+    @app.post("/v1/rank")
+    async def rank(request: RankRequest) -> RankResponse:
+        """Images of one prompt, best first, with preference probabilities. A ranking is no verdict."""
+        _check_count(len(request.images), limits)
+        return await _within(limits.request_timeout_s, rank_images(request, replica, limits))
+
     return app
+
+
+async def check_ready(replica: ReplicaHandle, policy: Policy, limits: IngressArgs) -> dict[str, Any]:
+    """What is ready. Raises Problem with the reason where nothing is."""
+    try:
+        identity = await _within(limits.ready_timeout_s, replica.readiness())
+        check_policy(policy, identity)
+    except NOT_READY as error:
+        detail = f"no replica is ready: {type(error).__name__}: {error}"
+        raise Problem(503, RequestCode.NOT_READY, detail) from error
+    return {
+        "status": "ready",
+        "golden": "passed" if identity["has_golden"] else "absent",
+        "model": model_facts(identity).model_dump(),
+        "policy": {"id": policy.id, "hash": policy.content_hash},
+        "code_version": identity["code_version"],
+    }
 
 
 async def score_items(
     request: ScoreRequest, replica: ReplicaHandle, policy: Policy, limits: IngressArgs
 ) -> ScoreResponse:
     """One result per item, in order. Raises Problem when the request's only item cannot be scored."""
-    # Decoding tens of megabytes would hold up every other request on the event loop.
-    images = await asyncio.to_thread(
-        lambda: [decode_image(item.image, limits.max_image_bytes) for item in request.items]
-    )
-    if len(images) == 1 and isinstance(images[0], ItemError):
-        raise _item_problem(images[0])
+    images = await _decode([item.image for item in request.items], limits)
     perspectives = None
     if request.perspectives is not None:
         perspectives = _deployed(request.perspectives, await replica.identity())
@@ -175,6 +181,41 @@ async def score_items(
     if len(results) == 1 and results[0].error is not None:
         raise _item_problem(results[0].error)
     return to_response(results, reply.identity, policy)
+
+
+async def rank_images(request: RankRequest, replica: ReplicaHandle, limits: IngressArgs) -> RankResponse:
+    """Every image of the request once, ranked or not. Raises Problem when its only image cannot be scored."""
+    images = await _decode(request.images, limits)
+    identity = await replica.identity()
+    perspectives = _deployed([request.perspective], identity)
+    indices = [index for index, image in enumerate(images) if isinstance(image, bytes)]
+    items = [
+        Item(generation_id=str(index), prompt=request.prompt, image=image)
+        for index, image in enumerate(images)
+        if isinstance(image, bytes)
+    ]
+    reply = await replica.score(items, perspectives) if items else ScoreReply([], identity)
+    ranking = rank_records(reply.records, head_of(reply.identity, request.perspective))
+    unreadable = {index: image for index, image in enumerate(images) if isinstance(image, ItemError)}
+    response = to_rank_response(ranking, indices, unreadable, reply.identity)
+    if len(images) == 1 and response.unranked:
+        raise _item_problem(response.unranked[0].error)
+    return response
+
+
+async def _decode(texts: list[str], limits: IngressArgs) -> list[bytes | ItemError]:
+    """The image files, or what is wrong with each. Raises Problem when there is one alone, and it is wrong."""
+    # Decoding tens of megabytes would hold up every other request on the event loop.
+    images = await asyncio.to_thread(lambda: [decode_image(text, limits.max_image_bytes) for text in texts])
+    if len(images) == 1 and isinstance(images[0], ItemError):
+        raise _item_problem(images[0])
+    return images
+
+
+def _check_count(count: int, limits: IngressArgs) -> None:
+    if count > limits.max_items:
+        detail = f"{count} items, at most {limits.max_items} per request"
+        raise Problem(422, RequestCode.TOO_MANY_ITEMS, detail)
 
 
 def check_policy(policy: Policy, identity: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 from deployments.batching import Batcher, Priority
 from deployments.config import ServeArgs
 from deployments.paths import find_checkpoint, in_project
+from deployments.rank_wire import head_facts
 from model.code_version import code_version
 from model.errors import ConfigError, TransientError
 from model.golden import GOLDEN_FILE
@@ -67,6 +68,7 @@ class Replica:
             "dtype": identity.dtype,
             "is_trained": identity.is_trained,
             "licence": identity.licence,
+            "heads": head_facts(self._scorer.heads),
             "vector_perspectives": [str(perspective) for perspective in identity.vector_perspectives],
             "code_version": code_version(),
             "facts": reward_facts(identity, code_version()),

@@ -1,4 +1,4 @@
-"""What ``POST /v1/score`` takes and gives, and the way between the wire and the scorer.
+"""What ``POST /v1/score`` takes and gives, and the way between the wire and the scorer; ``rank_wire.py`` has the rest.
 
 Pydantic models with unknown keys refused, so that a misspelt option is an error and not a silent default.
 """
@@ -22,11 +22,13 @@ from model.schema import STATUS_ERROR, STATUS_SCORED, ScoreRecord
 _DATA_URL = re.compile(r"data:(?P<media>[^;,]*)(?P<parameters>(;[^;,]*)*),", re.IGNORECASE)
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Unknown keys are an error."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class ScoreItem(_Strict):
+class ScoreItem(Strict):
     """One generation to score."""
 
     id: Annotated[str, Field(max_length=256)] | None = Field(None, description="Comes back with the result.")
@@ -34,14 +36,14 @@ class ScoreItem(_Strict):
     image: str = Field(description="The image file (JPEG, PNG, WEBP, ...), as base64 or as a data URL.")
 
 
-class ScoreRequest(_Strict):
+class ScoreRequest(Strict):
     items: list[ScoreItem] = Field(min_length=1)
     perspectives: list[Perspective] | None = Field(
         None, min_length=1, description="What to score; by default all that the checkpoint can."
     )
 
 
-class ItemError(_Strict):
+class ItemError(Strict):
     """Why one item has no reward."""
 
     code: str
@@ -49,7 +51,7 @@ class ItemError(_Strict):
     message: str
 
 
-class ImageFacts(_Strict):
+class ImageFacts(Strict):
     """Width and height are upright (EXIF orientation applied), in pixels."""
 
     sha256: str
@@ -59,7 +61,7 @@ class ImageFacts(_Strict):
     format: str | None
 
 
-class ScoreResult(_Strict):
+class ScoreResult(Strict):
     """One item's outcome. A reward that was not computed is null and named in ``not_scored``, never 0."""
 
     id: str
@@ -74,7 +76,7 @@ class ScoreResult(_Strict):
     error: ItemError | None
 
 
-class ModelFacts(_Strict):
+class ModelFacts(Strict):
     """What scored. Equal facts give equal rewards."""
 
     name: str
@@ -85,12 +87,12 @@ class ModelFacts(_Strict):
     is_trained: bool = Field(description="false: the rewards mean nothing yet")
 
 
-class PolicyFacts(_Strict):
+class PolicyFacts(Strict):
     id: str
     hash: str
 
 
-class ScoreResponse(_Strict):
+class ScoreResponse(Strict):
     results: list[ScoreResult] = Field(description="One per item, in order.")
     model: ModelFacts
     policy: PolicyFacts

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
@@ -15,19 +16,22 @@ from jobs import manifest as manifests
 from jobs.folder_log import Prompts, log_from_folder
 from jobs.garbage import collect
 from jobs.lock import NightLock
+from jobs.parity import ParityError, Replay, replay
 from jobs.query import as_text, printable, run_query
 from jobs.rejudge import rejudge
 from jobs.run import new_run_id
 from jobs.score_logs import EXIT_CONFIG, EXIT_INFRASTRUCTURE, EXIT_OK, fail, say
 from jobs.verify import VerificationError, verify_night
+from model.checkpoint_list import list_checkpoints, notes
 from model.errors import ConfigError, InfrastructureError, TransientError
 from model.policy_file import load_policy
+from model.scorer import resolve, system_of
 
 EXIT_NOT_VERIFIED = 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one subcommand. Exit codes: 0; 1 verification failed; 2 bad arguments or input; 4 infrastructure."""
+    """Runs one subcommand. Exit codes: 0; 1 not verified, no parity; 2 bad arguments or input; 4 infrastructure."""
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
@@ -35,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     except VerificationError as error:
         # It may quote a row, and so whatever stood in the log.
         return fail(EXIT_NOT_VERIFIED, printable(f"not verified: {error}"))
+    except ParityError as error:
+        return fail(EXIT_NOT_VERIFIED, printable(f"no parity: {error}"))
     except (ConfigError, PermissionError) as error:
         return fail(EXIT_CONFIG, str(error))
     except (InfrastructureError, TransientError, FileNotFoundError) as error:
@@ -76,7 +82,23 @@ def _parser() -> argparse.ArgumentParser:
     folder.add_argument("--prompt-field", default="prompt", metavar="NAME", help="field of the prompt (prompt)")
     folder.add_argument("--generator", default="unknown", metavar="NAME", help="what made the images")
     _output(folder)
+    _add_replay_and_checkpoints(add)
     return parser
+
+
+def _add_replay_and_checkpoints(add: Callable[..., argparse.ArgumentParser]) -> None:
+    converted = add("convert", _convert, "write a checkpoint with one safetensors file per perspective")
+    converted.add_argument("checkpoint", help="folder, shipped name, s3:// URI or pinned hub name")
+    converted.add_argument("out", type=Path, help="folder to make")
+    parity = add("parity", _parity, "replay rows of a published night through the endpoint and compare the rewards")
+    parity.add_argument("--url", required=True, metavar="URL", help="of the endpoint, such as http://127.0.0.1:8000")
+    parity.add_argument("--rows", type=_positive, default=100, metavar="N", help="how many to draw (100)")
+    parity.add_argument("--seed", type=int, default=0, metavar="N", help="another one draws other rows and batches (0)")
+    parity.add_argument("--image-root", metavar="URI", help="where relative image paths start")
+    parity.add_argument("--allow-bucket", action="append", metavar="BUCKET", help="bucket of images; repeatable")
+    _output(parity)
+    listed = add("checkpoints", _checkpoints, "list the shipped and the published checkpoints")
+    listed.add_argument("--format", choices=["table", "json"], default="table")
 
 
 def _output(parser: argparse.ArgumentParser, *, has_date: bool = True, needs_date: bool = True) -> None:
@@ -90,6 +112,12 @@ def _date(text: str) -> date:
         return date.fromisoformat(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a date; write YYYY-MM-DD") from error
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
 
 
 def _query(arguments: argparse.Namespace) -> int:
@@ -168,6 +196,61 @@ def _log_folder(arguments: argparse.Namespace) -> int:
         generator=arguments.generator,
     )
     say(f"{log.row_count} rows in {log.log_uri}, {log.without_prompt} of them without a prompt")
+    return EXIT_OK
+
+
+def _parity(arguments: argparse.Namespace) -> int:
+    buckets = tuple(arguments.allow_bucket or ())
+    replay(
+        Replay(
+            arguments.output,
+            arguments.date,
+            arguments.url,
+            rows=arguments.rows,
+            seed=arguments.seed,
+            image_root=arguments.image_root,
+            allow_bucket=buckets,
+        ),
+        say,
+    )
+    return EXIT_OK
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    folder = resolve(arguments.checkpoint)
+    if (system := system_of(folder)) != "llava_reward":
+        raise ConfigError(f"checkpoints of {system} have no adapters to convert")
+    from model.llava_reward.convert import convert  # torch, which no other command here needs
+
+    done = convert(folder, arguments.out)
+    for perspective, checkpoint in done.after.checkpoints.items():
+        print(f"{perspective}: {done.before.checkpoints[perspective]} is now {checkpoint}")
+    say(
+        f"wrote {arguments.out}: the same rewards under new hashes; policies and stored nights name the old ones, so a "
+        "policy for it must name the new"
+    )
+    return EXIT_OK
+
+
+def _checkpoints(arguments: argparse.Namespace) -> int:
+    found = [asdict(one) for one in list_checkpoints()]
+    if arguments.format == "json":
+        print(json.dumps({"checkpoints": found, "notes": notes()}, ensure_ascii=False))
+        return EXIT_OK
+    rows = [
+        {
+            "name": one["name"],
+            "perspectives": ", ".join(one["perspectives"]),
+            "backbone": one["backbone"],
+            "licence": one["licence"] or "not known",
+            "backbone licence": one["backbone_licence"],
+            "location": one["location"],
+            "verified": "yes" if one["is_verified"] else "no",
+        }
+        for one in found
+    ]
+    print(as_text(pa.Table.from_pylist(rows)))
+    print("\n".join(["", *notes()]))
     return EXIT_OK
 
 

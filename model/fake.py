@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from model.errors import ConfigError, InputError
 from model.images import decode_image, image_facts
+from model.meaning import Head
 from model.perspectives import PERSPECTIVES, Perspective
 from model.prompts import encode_prompt
+from model.ranking import Ranking, rank_images
 from model.schema import Generation, RowError, ScoreRecord
 from model.scorer import Prepared, RawOutput, ScorerIdentity, to_records
 
 _NAME = "fake"
+_TAU = 1.0  # so that probabilities of its rewards, at most 4 apart, differ from 0 and 1
 _REWARD_RANGE = 4.0  # rewards lie in [-2, 2); a power of two keeps them exact in float32
 
 
@@ -38,6 +41,9 @@ class FakeScorer:
             is_trained=False,
             licence="Apache-2.0",
         )
+        self.heads: Mapping[Perspective, Head] = {
+            p: Head(p, self.identity.checkpoints[p], _TAU) for p in self.perspectives
+        }
 
     def preprocess(self, generations: Iterable[Generation]) -> list[Prepared]:
         """Decode each image, so that bad rows fail as they do elsewhere; ``digest`` is ``(32,)`` uint8."""
@@ -76,6 +82,10 @@ class FakeScorer:
     ) -> list[ScoreRecord]:
         """``postprocess(forward(preprocess(generations)))``."""
         return self.postprocess(self.forward(self.preprocess(generations), perspectives))
+
+    def rank(self, prompt: str, images: Sequence[bytes], perspective: Perspective) -> Ranking:
+        """See ``model.ranking.rank_images``."""
+        return rank_images(self, prompt, images, perspective)
 
     def check_golden(self) -> None:
         """There are no weights that could be wrong."""

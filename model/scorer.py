@@ -2,7 +2,7 @@
 
 Three steps, so that batching and overlap stay outside the model: ``preprocess`` (CPU: bytes and prompt to
 uint8 pixels and token ids), ``forward`` (device), ``postprocess`` (CPU: raw values to records). Knows
-nothing about Ray, storage or HTTP.
+nothing about Ray or HTTP; ``checkpoint_store.py`` brings what lies elsewhere.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
+from model import checkpoint_store
+from model.checkpoint_sources import PINNED, is_location
 from model.errors import ConfigError
+from model.meaning import Head
 from model.perspectives import Perspective
 from model.schema import Generation, ImageInfo, RowError, ScoreRecord
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from model.ranking import Ranking
 
 # Checkpoints that ship with the code, by name.
 SHIPPED = Path(__file__).parent / "checkpoints"
@@ -82,6 +87,7 @@ class Scorer(Preprocessor, Protocol):
 
     identity: ScorerIdentity
     perspectives: tuple[Perspective, ...]
+    heads: Mapping[Perspective, Head]
 
     def forward(self, batch: Sequence[Prepared], perspectives: Sequence[Perspective] | None = None) -> list[RawOutput]:
         """One ``RawOutput`` per item, in order; items with an error pass through."""
@@ -97,16 +103,20 @@ class Scorer(Preprocessor, Protocol):
         """``postprocess(forward(preprocess(generations)))``."""
         ...
 
+    def rank(self, prompt: str, images: Sequence[bytes], perspective: Perspective) -> Ranking:
+        """Encoded images of one prompt, best first, with probabilities; see ``model.ranking.rank_images``."""
+        ...
+
     def check_golden(self) -> None:
         """Score the checkpoint's golden inputs; raises ``InfrastructureError`` if a reward is off."""
         ...
 
 
 def load(name_or_path: str | Path, *, device: str = "cpu", dtype: str = "float32") -> Scorer:
-    """Load a shipped checkpoint by name, or any checkpoint folder by path.
+    """Load a shipped checkpoint by name, or any checkpoint folder by path, ``s3://`` URI or pinned hub name.
 
     - device: a torch device such as ``cpu`` or ``cuda:0``; dtype: one of ``DTYPES``
-    - raises: ``ConfigError`` in one line that names the value and the remedy
+    - raises: ``ConfigError`` in one line that names the value and the remedy; ``TransientError`` if S3 or the hub fails
     """
     folder = resolve(name_or_path)
     scorer: Scorer = _system(folder, "scorer").load_scorer(folder, device=device, dtype=_checked_dtype(dtype))
@@ -128,16 +138,18 @@ def read_identity(name_or_path: str | Path, *, dtype: str = "float32") -> Scorer
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """The folder of a checkpoint: a path that exists, or a name among the shipped ones."""
+    """The folder of a checkpoint: a shipped name, a path that exists, or a location, which is downloaded first."""
     folder = Path(name_or_path)
     shipped = sorted(p.name for p in SHIPPED.iterdir() if p.is_dir()) if SHIPPED.is_dir() else []
     if str(name_or_path) in shipped:
         return SHIPPED / folder
     if str(name_or_path) and folder.is_dir():  # an empty name would be the current folder
         return folder.resolve()
+    if is_location(str(name_or_path)):
+        return checkpoint_store.fetch(str(name_or_path), checkpoint_store.BUNDLE)
     raise ConfigError(
         f"checkpoint {str(name_or_path)!r} is neither a folder nor one of {shipped}; "
-        "download a hub checkpoint first and give its folder"
+        f"elsewhere are s3://bucket/folder and {PINNED}"
     )
 
 

@@ -20,6 +20,7 @@ from model.llava_reward.heads import gpm_score, preference_probability, safe_pro
 from model.llava_reward.scorer import LlavaRewardScorer
 from model.llava_reward.tiny import write_checkpoint
 from model.llava_reward.tiny_tokenizer import sentences
+from model.meaning import HeadTraining
 from model.perspectives import PERSPECTIVES, Perspective
 from model.schema import Generation
 from model.scorer import RawOutput, load, read_identity, resolve
@@ -151,6 +152,29 @@ def test_general_preference_gives_vectors(
         assert set(vector.rewards) == set(PERSPECTIVES) - {Perspective.ALIGNMENT}
         reward = scalar.rewards[Perspective.ALIGNMENT]
         assert vector.reward_vectors[Perspective.ALIGNMENT] == pytest.approx((reward, -2 * reward), abs=1e-4)
+
+
+def test_heads_say_what_scorer_json_and_the_yaml_say(gpm_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(gpm_folder, tmp_path / "copy")
+    values = json.loads((folder / "scorer.json").read_text())
+    (folder / "scorer.json").write_text(json.dumps({**values, "head_training": {"safety": "cls"}}))
+    scorer = load(folder)
+    alignment, safety = scorer.heads[Perspective.ALIGNMENT], scorer.heads[Perspective.SAFETY]
+    assert (alignment.is_general_preference, alignment.training, alignment.tau) == (True, None, 0.1)
+    assert (safety.is_general_preference, safety.training, safety.tau) == (False, HeadTraining.CLS, 0.1)
+    assert scorer.heads[Perspective.OVERALL].training is None
+    image = (DEMO / "golden" / "0.png").read_bytes()
+    ranking = scorer.rank("a red ball", [image, image], Perspective.ALIGNMENT)
+    assert [one.rank for one in ranking.ranked] == [1, 1]
+    for given, message in (
+        ({"safety": "rl"}, "must give"),
+        ({"beauty": "bt"}, "must give"),
+        ({"safety": ["bt"]}, "must give"),
+        ({"alignment": "bt"}, "gives no scalar"),
+    ):
+        (folder / "scorer.json").write_text(json.dumps({**values, "head_training": given}))
+        with pytest.raises(ConfigError, match=message):
+            load(folder)
 
 
 def test_golden_of_another_head_is_refused(gpm_folder: Path) -> None:

@@ -126,6 +126,40 @@ def test_identity_is_complete(scorer: Scorer) -> None:
     scorer.check_golden()
 
 
+def test_rank_agrees_with_score_whatever_the_order(scorer: Scorer) -> None:
+    images, prompt = [g.image for g in GOOD], "a red cat"
+    assert set(scorer.heads) == set(scorer.perspectives)
+    for perspective in scorer.perspectives:
+        assert scorer.heads[perspective].checkpoint == scorer.identity.checkpoints[perspective]
+        there, back = scorer.rank(prompt, images, perspective), scorer.rank(prompt, images[::-1], perspective)
+        assert [one.index for one in there.ranked] == [len(images) - 1 - one.index for one in back.ranked]
+        assert [one.rank for one in there.ranked] == [1, 2, 3]
+        if perspective not in scorer.identity.vector_perspectives:
+            records = scorer.score([Generation(str(i), prompt, image) for i, image in enumerate(images)], [perspective])
+            rewards = [records[one.index].rewards[perspective] for one in there.ranked]
+            assert rewards == sorted(rewards, reverse=True)
+
+
+def test_rank_names_bad_images_and_ranks_the_others(scorer: Scorer) -> None:
+    perspective = scorer.perspectives[0]
+    ranking = scorer.rank("a cat", [b"", GOOD[0].image, b"<html>", GOOD[1].image], perspective)
+    assert sorted(one.index for one in ranking.ranked) == [1, 3]
+    assert {one.index: one.error.code for one in ranking.unranked} == {
+        0: ErrorCode.IMAGE_EMPTY,
+        2: ErrorCode.IMAGE_NOT_AN_IMAGE,
+    }
+    assert len(ranking.probabilities) == len(ranking.probabilities[0]) == 2
+    alone = scorer.rank("a cat", [GOOD[0].image], perspective)
+    assert [one.tournament_score for one in alone.ranked] == [None]
+    nothing = scorer.rank("a cat", [], perspective)
+    assert (nothing.best, nothing.ranked, nothing.unranked) == (None, (), ())
+
+
+def test_rank_refuses_a_perspective_that_it_does_not_have() -> None:
+    with pytest.raises(ConfigError, match="safety cannot be ranked by fake, which has alignment"):
+        FakeScorer([Perspective.ALIGNMENT]).rank("a cat", [], Perspective.SAFETY)
+
+
 @pytest.mark.parametrize("name", SCORERS[1:])
 def test_preprocessor_alone_makes_the_same_arrays(name: str) -> None:
     alone, whole = load_preprocessor(name), load(name)

@@ -2,24 +2,29 @@
 
 Finds and hashes the files; reads no weights and needs no torch.
 
-    <bundle>/scorer.json     what belongs together; paths are relative to the bundle, or absolute
+    <bundle>/scorer.json     what belongs together; relative or absolute paths, s3://, or pinned hub names
     <bundle>/backbone/       config.json, clip_tower.json (phi3v, optional), tokenizer.json, *.safetensors
-    <bundle>/<adapter>/      reward_config.yaml, pytorch_model.bin, lora/ (as the authors publish it)
+    <bundle>/<adapter>/      reward_config.yaml, pytorch_model.bin, lora/ (as the authors publish it), or instead
+    <bundle>/<adapter>.safetensors    all of that in one file (adapter_file.py)
     <bundle>/golden.json     optional: inputs with known rewards
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint_sources import is_location
+from model.checkpoint_store import ADAPTER, BACKBONE, check_hashes, fetch, file_sha256
 from model.errors import ConfigError
 from model.images import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
+from model.llava_reward.adapter_file import HEAD_CONFIG, HEAD_TENSORS, LORA_CONFIG, LORA_TENSORS, is_adapter_file
 from model.llava_reward.config import HeadConfig, read_head_config, read_json
 from model.llava_reward.model_config import FAMILIES, QWEN_RELEASED_KEYS, QWEN_SKIP_CA_KEYS, check_head
+from model.meaning import Head, HeadTraining
 from model.perspectives import Perspective
 from model.scorer import ScorerIdentity
 
@@ -38,7 +43,14 @@ _REQUIRED = {
     "backbone": str,
     "adapters": dict,
 }
-_OPTIONAL = {"max_prompt_tokens": int, "max_image_bytes": int, "max_image_pixels": int, "notes": str}
+_OPTIONAL = {
+    "hashes": dict,
+    "head_training": dict,
+    "max_prompt_tokens": int,
+    "max_image_bytes": int,
+    "max_image_pixels": int,
+    "notes": str,
+}
 # Keys that have a meaning for one family only.
 _REQUIRED_OF = {"phi3v": {"num_crops": int}}
 _OPTIONAL_OF = {"qwen": {"qwen_skipca_keys": str}}
@@ -63,6 +75,9 @@ class Bundle:
     max_prompt_tokens: int
     max_image_bytes: int
     max_image_pixels: int
+    head_training: Mapping[Perspective, HeadTraining]
+    hashes: Mapping[str, object]  # as written; checked with the identity, which reads every byte anyway
+    places: Mapping[str, Path]  # each entry of scorer.json as written -> where it lies
 
     @property
     def perspectives(self) -> tuple[Perspective, ...]:
@@ -77,19 +92,24 @@ def read_bundle(folder: Path) -> Bundle:
     _check_keys(path, values)
     _check_family_values(path, values)
     family = values["family"]
+    backbone = _located(path, values["backbone"], BACKBONE)
+    adapters = _adapters(path, values["adapters"])
     return Bundle(
         folder=folder,
         family=family,
         name=values["name"],
         licence=values["licence"],
         is_trained=values["is_trained"],
-        backbone=_existing(path, folder / values["backbone"]),
-        adapters=_adapters(path, values["adapters"]),
+        backbone=backbone,
+        adapters=adapters,
         num_crops=values.get("num_crops", 1),
         skip_ca_keys=values.get("qwen_skipca_keys", QWEN_RELEASED_KEYS) if family == "qwen" else None,
         max_prompt_tokens=values.get("max_prompt_tokens", MAX_PROMPT_TOKENS),
         max_image_bytes=values.get("max_image_bytes", MAX_IMAGE_BYTES),
         max_image_pixels=values.get("max_image_pixels", MAX_IMAGE_PIXELS),
+        head_training=_head_training(path, values),
+        hashes=values.get("hashes", {}),
+        places={values["backbone"]: backbone, **{values["adapters"][p]: adapters[p] for p in adapters}},
     )
 
 
@@ -129,11 +149,24 @@ def _adapters(path: Path, values: Mapping[str, Any]) -> dict[Perspective, Path]:
     unknown = sorted(set(values) - set(Perspective))
     if unknown or not values:
         raise ConfigError(f"{path}: adapters names {unknown}, expected some of {[p.value for p in Perspective]}")
-    return {Perspective(key): _existing(path, path.parent / value) for key, value in values.items()}
+    return {Perspective(key): _located(path, value, ADAPTER) for key, value in values.items()}
 
 
-def _existing(path: Path, folder: Path) -> Path:
-    if not folder.is_dir():
+def _head_training(path: Path, values: Mapping[str, Any]) -> dict[Perspective, HeadTraining]:
+    """``head_training``: perspective -> ``bt`` or ``cls``; no file that the authors publish says it."""
+    given = values.get("head_training", {})
+    allowed = [training.value for training in HeadTraining]
+    if not set(given) <= set(values["adapters"]) or any(training not in allowed for training in given.values()):
+        raise ConfigError(f"{path}: head_training={given!r} must give {allowed} for perspectives in adapters")
+    return {Perspective(name): HeadTraining(training) for name, training in given.items()}
+
+
+def _located(path: Path, entry: str, patterns: Sequence[str]) -> Path:
+    """The folder (or adapter file) of one entry; one that lies elsewhere is downloaded."""
+    folder = path.parent / entry
+    if is_location(entry) and not folder.is_dir():
+        return fetch(entry, patterns)
+    if not folder.is_dir() and not (patterns is ADAPTER and is_adapter_file(folder)):
         raise ConfigError(f"{path} names the folder {folder}, which does not exist")
     return folder
 
@@ -150,7 +183,9 @@ def backbone_weights(backbone: Path) -> list[Path]:
 
 
 def adapter_weights(adapter: Path) -> tuple[Path, Path]:
-    """The head's ``pytorch_model.bin``, and the LoRA file (``.safetensors`` or ``.bin``)."""
+    """The head's ``pytorch_model.bin``, and the LoRA file (``.safetensors`` or ``.bin``); paths in an adapter file."""
+    if is_adapter_file(adapter):
+        return adapter / HEAD_TENSORS, adapter / LORA_TENSORS
     lora = adapter / "lora" / "adapter_model.safetensors"
     if not lora.exists():
         lora = adapter / "lora" / "adapter_model.bin"
@@ -164,8 +199,12 @@ def _existing_file(path: Path) -> Path:
 
 
 def read_identity(folder: Path, *, dtype: str, preprocessing_hash: str) -> ScorerIdentity:
-    """Hash the files that decide each perspective's reward. Reads every byte of them, builds no tensor."""
+    """Hash the files that decide each perspective's reward. Reads every byte of them, builds no tensor.
+
+    Raises ``ConfigError`` if a file is not the one that ``hashes`` in ``scorer.json`` says.
+    """
     bundle = read_bundle(folder)
+    check_hashes(folder / "scorer.json", bundle.hashes, bundle.places)
     backbone_files = [_existing_file(bundle.backbone / "config.json"), *backbone_weights(bundle.backbone)]
     if (bundle.backbone / "clip_tower.json").exists():
         backbone_files.append(bundle.backbone / "clip_tower.json")
@@ -173,11 +212,9 @@ def read_identity(folder: Path, *, dtype: str, preprocessing_hash: str) -> Score
     checkpoints, vectors = {}, []
     for perspective in bundle.perspectives:
         adapter = bundle.adapters[perspective]
-        names = ("reward_config.yaml", "lora/adapter_config.json")
-        files = [*(_existing_file(adapter / name) for name in names), *adapter_weights(adapter)]
-        head = read_head_config(adapter / "reward_config.yaml")
+        head = read_head_config(adapter / HEAD_CONFIG)
         check_head(bundle.family, head, adapter)
-        lines = backbone_lines + _hash_lines("adapter", adapter, files) + _option_lines(bundle, head)
+        lines = backbone_lines + _hash_lines("adapter", adapter, _adapter_files(adapter)) + _option_lines(bundle, head)
         checkpoints[perspective] = f"{bundle.name}@sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
         if head.is_general_preference:
             vectors.append(perspective)
@@ -192,6 +229,27 @@ def read_identity(folder: Path, *, dtype: str, preprocessing_hash: str) -> Score
     )
 
 
+def _adapter_files(adapter: Path) -> list[Path]:
+    if is_adapter_file(adapter):
+        return [adapter]
+    return [*(_existing_file(adapter / name) for name in (HEAD_CONFIG, LORA_CONFIG)), *adapter_weights(adapter)]
+
+
+def read_heads(bundle: Bundle, identity: ScorerIdentity) -> dict[Perspective, Head]:
+    """What each perspective's reward means. Raises ``ConfigError`` if a general-preference head claims a training."""
+    heads = {}
+    for perspective in bundle.perspectives:
+        config = read_head_config(bundle.adapters[perspective] / "reward_config.yaml")
+        training = bundle.head_training.get(perspective)
+        if config.is_general_preference and training is not None:
+            raise ConfigError(
+                f"{bundle.folder}: head_training of {perspective}: its head gives no scalar; leave it out"
+            )
+        checkpoint = identity.checkpoints[perspective]
+        heads[perspective] = Head(perspective, checkpoint, config.tau, config.is_general_preference, training)
+    return heads
+
+
 def _option_lines(bundle: Bundle, head: HeadConfig) -> list[str]:
     """What decides this perspective's reward beside its files: one set of weights has two meanings in qwen's SkipCA."""
     if bundle.skip_ca_keys is None or not head.has_skip_ca:
@@ -200,9 +258,4 @@ def _option_lines(bundle: Bundle, head: HeadConfig) -> list[str]:
 
 
 def _hash_lines(role: str, root: Path, files: Iterable[Path]) -> list[str]:
-    lines = []
-    for path in sorted(files):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        lines.append(f"{role}/{path.relative_to(root).as_posix()} {digest}\n")
-    return lines
+    return [f"{role}/{path.relative_to(root).as_posix()} {file_sha256(path)}\n" for path in sorted(files)]

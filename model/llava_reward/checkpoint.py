@@ -12,11 +12,12 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model.errors import ConfigError
+from model.llava_reward.adapter_file import inside, member_of
 from model.llava_reward.backbones.families import read_backbone
 from model.llava_reward.backbones.interface import Backbone, WeightNames
 from model.llava_reward.bundle import adapter_weights, backbone_weights
@@ -145,8 +146,13 @@ def _fill(module: nn.Module, tensors: Tensors, source: str, device: torch.device
     module.to(device)
 
 
-def _read_tensors(path: Path) -> Tensors:
+def read_tensors(path: Path) -> Tensors:
+    """A weight file, or the part of an adapter file that stands for it. Raises ``ConfigError`` if it is neither."""
     try:
+        if place := inside(path):
+            with safe_open(place[0], framework="pt") as stored:
+                names = [name for name in list(stored.keys()) if member_of(name) == place[1]]
+                return {name: stored.get_tensor(name) for name in names}
         if path.suffix == ".safetensors":
             tensors: object = load_file(path)
         else:
@@ -165,7 +171,7 @@ def _head_tensors(path: Path, projector: str, expected: Iterable[str]) -> Tensor
     endings |= {name.removeprefix(parent): name for name in expected if name.startswith(projector)}
     found: Tensors = {}
     unknown = []
-    for key, tensor in _read_tensors(path).items():
+    for key, tensor in read_tensors(path).items():
         name = next((n for ending, n in endings.items() if key == ending or key.endswith(f".{ending}")), None)
         if name is None or name in found:
             unknown.append(key)
@@ -180,7 +186,7 @@ def _lora_deltas(path: Path, lora: LoraConfig, backbone: Backbone[Any, Any], dev
     """``scale * B @ A`` in float32 per weight name."""
     pairs: dict[str, dict[str, Tensor]] = {}
     unknown = []
-    for key, tensor in _read_tensors(path).items():
+    for key, tensor in read_tensors(path).items():
         match = _LORA_KEY.fullmatch(key)
         module = backbone.names.rename(match[1]) if match else ""
         if match is None or not _is_layer_part(module, backbone.names) or match[2] in pairs.get(module, {}):

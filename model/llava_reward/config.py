@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from model.errors import ConfigError
+from model.llava_reward.adapter_file import read_text
 
 # CLIP ViT-L/14-336, which Phi-3.5-vision names in its config without its sizes.
 _VIT_L_14_336: Mapping[str, Any] = {
@@ -110,7 +111,7 @@ class LoraConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; ``ConfigError`` names the file and what is wrong with it."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; the checkpoint folder must hold it") from error
     except ValueError as error:
@@ -190,7 +191,7 @@ def read_clip_config(path: Path) -> ClipConfig:
 def read_head_config(path: Path) -> HeadConfig:
     """``reward_config.yaml`` of an adapter."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_text(path))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; every adapter folder must hold it") from error
     except (ValueError, yaml.YAMLError) as error:

@@ -7,17 +7,19 @@ Knows how to cut a batch into passes; what a pass computes is in ``network.py``,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from model.errors import ConfigError, ErrorCode, Stage
 from model.golden import check_golden
-from model.llava_reward.bundle import read_bundle, read_identity
+from model.llava_reward.bundle import read_bundle, read_heads, read_identity
 from model.llava_reward.checkpoint import load_network
 from model.llava_reward.processor import LlavaRewardPreprocessor
+from model.meaning import Head
 from model.perspectives import Perspective
+from model.ranking import Ranking, rank_images
 from model.schema import Generation, RowError, ScoreRecord
 from model.scorer import Prepared, RawOutput, to_records
 
@@ -41,6 +43,9 @@ class LlavaRewardScorer:
         default = MAX_BATCH_TOKENS_CPU if self._device.type == "cpu" else MAX_BATCH_TOKENS_GPU
         self._max_batch_tokens = max_batch_tokens or default
         self._preprocessor = LlavaRewardPreprocessor(bundle)
+        self.preprocessing_hash = self._preprocessor.preprocessing_hash
+        # Before the network is built: it compares the files with their hashes.
+        self.identity = read_identity(folder, dtype=dtype, preprocessing_hash=self.preprocessing_hash)
         self._network = load_network(
             bundle.backbone,
             bundle.adapters,
@@ -49,9 +54,8 @@ class LlavaRewardScorer:
             family=bundle.family,
             skip_ca_keys=bundle.skip_ca_keys,
         )
-        self.preprocessing_hash = self._preprocessor.preprocessing_hash
-        self.identity = read_identity(folder, dtype=dtype, preprocessing_hash=self.preprocessing_hash)
         self.perspectives: tuple[Perspective, ...] = bundle.perspectives
+        self.heads: Mapping[Perspective, Head] = read_heads(bundle, self.identity)
 
     def preprocess(self, generations: Iterable[Generation]) -> list[Prepared]:
         """The CPU step; see ``LlavaRewardPreprocessor.preprocess``."""
@@ -84,6 +88,10 @@ class LlavaRewardScorer:
     ) -> list[ScoreRecord]:
         """``postprocess(forward(preprocess(generations)))``."""
         return self.postprocess(self.forward(self.preprocess(generations), perspectives))
+
+    def rank(self, prompt: str, images: Sequence[bytes], perspective: Perspective) -> Ranking:
+        """See ``model.ranking.rank_images``."""
+        return rank_images(self, prompt, images, perspective)
 
     def check_golden(self) -> None:
         """Score the bundle's ``golden.json``; see ``model.golden.check_golden``."""
