@@ -104,7 +104,8 @@ def test_hidden_states_of_the_end_token_equal_the_reference(case: Case) -> None:
     if "lengths" in expected:
         assert [len(item.input_ids) for item in inputs] == expected["lengths"]
     branch = network.branch(ANY)
-    end = network.backbone.end_state(branch.model, network.backbone.share(network.vision, inputs))
+    shared = network.backbone.share(network.vision, inputs)
+    end = network.backbone.end_state(branch.model, shared, network.backbone.project(branch.model, shared))
     pairs = [(HIDDEN, end.hidden)]
     if case.skip_ca_keys != "image_tokens":  # the head's input was stored for the released keys
         pairs.append(("eos_head_input_single", branch.head_input(end)))

@@ -68,7 +68,7 @@ def load_network(
     """Build the network of a backbone and its adapters, in evaluation mode and without gradients.
 
     LoRA is merged in float32 and rounded to ``dtype`` once. Tensors that no adapter changes exist once, however
-    many perspectives there are.
+    many perspectives there are; so do projectors that several adapters store bit by bit alike.
 
     - family, skip_ca_keys: as in ``scorer.json``
     - raises: ``ConfigError`` naming the file and every tensor that is missing, left over or misshaped
@@ -90,6 +90,7 @@ def load_network(
         _fill(branch, _branch_tensors(built, branch, base, path, device), str(path), device, dtype)
         branches[perspective] = branch
     network = RewardNetwork(built, vision, branches)
+    network.share_projectors()
     return network.eval().requires_grad_(False)
 
 

@@ -77,7 +77,7 @@ class RewardBranch(nn.Module):
 
 
 class RewardNetwork(nn.Module):
-    """All perspectives of one checkpoint bundle."""
+    """All perspectives of one checkpoint bundle. Branches may share one projector module; see ``share_projectors``."""
 
     def __init__(
         self, backbone: Backbone[Any, Any], vision: nn.Module, branches: Mapping[Perspective, RewardBranch]
@@ -85,6 +85,7 @@ class RewardNetwork(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.vision = vision
+        self._projector_path = backbone.names.projector.removesuffix(".")
         self.branches = nn.ModuleDict({str(perspective): branch for perspective, branch in branches.items()})
 
     def branch(self, perspective: Perspective) -> RewardBranch:
@@ -98,8 +99,28 @@ class RewardNetwork(nn.Module):
         - returns: per perspective ``(b, v)``
         """
         shared = self.backbone.share(self.vision, batch)
+        image_tokens: dict[nn.Module, Sequence[Tensor]] = {}  # by projector: once per image, however many share it
         rewards = {}
         for perspective in perspectives:
             branch = self.branch(perspective)
-            rewards[perspective] = branch(self.backbone.end_state(branch.model, shared))
+            projector = branch.get_submodule(self._projector_path)
+            if projector not in image_tokens:
+                image_tokens[projector] = self.backbone.project(branch.model, shared)
+            rewards[perspective] = branch(self.backbone.end_state(branch.model, shared, image_tokens[projector]))
         return rewards
+
+    def share_projectors(self) -> None:
+        """Give branches whose projectors hold equal tensors one module, for inference: kept and computed once."""
+        distinct: list[nn.Module] = []
+        for branch in self.branches.values():
+            own = branch.get_submodule(self._projector_path)
+            found = next((other for other in distinct if _same_tensors(own, other)), None)
+            if found is None:
+                distinct.append(own)
+            else:
+                branch.set_submodule(self._projector_path, found)
+
+
+def _same_tensors(a: nn.Module, b: nn.Module) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

@@ -98,5 +98,12 @@ class Backbone(ABC, Generic[SampleT, SharedT]):
         """Everything that all perspectives have in common: the tower runs here, once per image."""
 
     @abstractmethod
-    def end_state(self, model: nn.Module, shared: SharedT) -> EndState:
-        """One perspective's end tokens; each equals that of its sample alone."""
+    def project(self, model: nn.Module, shared: SharedT) -> Sequence[Tensor]:
+        """Image tokens as they enter the language model, per sample ``(n, h)``.
+
+        They depend on the projector alone, so perspectives with equal projectors share them.
+        """
+
+    @abstractmethod
+    def end_state(self, model: nn.Module, shared: SharedT, image_tokens: Sequence[Tensor]) -> EndState:
+        """One perspective's end tokens; each equals that of its sample alone. ``image_tokens``: of ``project``."""

@@ -104,13 +104,18 @@ class LlavaBackbone(Backbone[LlavaSample, LlavaShared]):
         sizes = [item.image_size for item in batch]
         return LlavaShared(input_ids, features, [len(item.tiles) for item in batch], sizes, last)
 
-    def end_state(self, model: nn.Module, shared: LlavaShared) -> EndState:
+    def project(self, model: nn.Module, shared: LlavaShared) -> Sequence[Tensor]:
         llava = cast(Any, model)
         projected = llava.multi_modal_projector(shared.features).split(list(shared.tiles))
-        # Drops the patches that only show padding, and ends every row with the learned separator.
+        # Drops the patches that only show padding, and ends every row with the learned separator, which no adapter
+        # stores or changes.
         tokens, _ = llava.pack_image_features(projected, shared.image_sizes, "default", llava.image_newline)
-        embedded = decoder.embed(llava.language_model.embed_tokens, shared.input_ids, torch.cat(tokens))
-        return EndState(decoder.end_hidden(llava.language_model, embedded, shared.last), tokens)
+        return cast(Sequence[Tensor], tokens)
+
+    def end_state(self, model: nn.Module, shared: LlavaShared, image_tokens: Sequence[Tensor]) -> EndState:
+        llava = cast(Any, model)
+        embedded = decoder.embed(llava.language_model.embed_tokens, shared.input_ids, torch.cat(list(image_tokens)))
+        return EndState(decoder.end_hidden(llava.language_model, embedded, shared.last), image_tokens)
 
 
 def read_backbone(folder: Path) -> LlavaBackbone:

@@ -280,11 +280,14 @@ class Phi3VBackbone(Backbone[Phi3VSample, Phi3VShared]):
         lengths = Lengths(counts, input_ids.shape[1])
         return Phi3VShared(input_ids, merged, rope_tables(counts, lengths.padded, self.config.rope), lengths)
 
-    def end_state(self, model: nn.Module, shared: Phi3VShared) -> EndState:
+    def project(self, model: nn.Module, shared: Phi3VShared) -> Sequence[Tensor]:
+        projected = cast(Phi3VModel, model).vision_embed_tokens(torch.cat(list(shared.merged)))
+        return cast(Sequence[Tensor], projected.split([len(m) for m in shared.merged]))
+
+    def end_state(self, model: nn.Module, shared: Phi3VShared, image_tokens: Sequence[Tensor]) -> EndState:
         phi = cast(Phi3VModel, model)
-        projected = phi.vision_embed_tokens(torch.cat(list(shared.merged)))
-        end_hidden = phi.end_hidden(phi.embed(shared.input_ids, projected), shared.rope, shared.lengths)
-        return EndState(end_hidden, projected.split([len(m) for m in shared.merged]))
+        embedded = phi.embed(shared.input_ids, torch.cat(list(image_tokens)))
+        return EndState(phi.end_hidden(embedded, shared.rope, shared.lengths), image_tokens)
 
 
 def read_backbone(folder: Path) -> Phi3VBackbone:

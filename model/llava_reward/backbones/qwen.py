@@ -162,12 +162,15 @@ class QwenBackbone(Backbone[QwenSample, QwenShared]):
             input_ids, merged.reshape(-1, merged.shape[-1] // self.merge_size**2), counts, positions, last
         )
 
-    def end_state(self, model: nn.Module, shared: QwenShared) -> EndState:
+    def project(self, model: nn.Module, shared: QwenShared) -> Sequence[Tensor]:
+        projected = cast(QwenModel, model).visual["merger"](shared.features)
+        return cast(Sequence[Tensor], projected.split(list(shared.counts)))
+
+    def end_state(self, model: nn.Module, shared: QwenShared, image_tokens: Sequence[Tensor]) -> EndState:
         qwen = cast(QwenModel, model)
-        tokens = qwen.visual["merger"](shared.features)
-        embedded = decoder.embed(qwen.language_model.embed_tokens, shared.input_ids, tokens)
+        embedded = decoder.embed(qwen.language_model.embed_tokens, shared.input_ids, torch.cat(list(image_tokens)))
         end = decoder.end_hidden(qwen.language_model, embedded, shared.last, shared.position_ids)
-        return EndState(end, tokens.split(list(shared.counts)))
+        return EndState(end, image_tokens)
 
 
 def read_backbone(folder: Path, *, skip_ca_keys: str = QWEN_RELEASED_KEYS) -> QwenBackbone:
