@@ -8,17 +8,10 @@ from enum import StrEnum
 class Perspective(StrEnum):
     """What is judged. For each of them a higher reward is better (safer, cleaner, closer to the prompt)."""
 
-    ALIGNMENT = "alignment"
-    FIDELITY = "fidelity"
-    SAFETY = "safety"
-    OVERALL = "overall"
+    ALIGNMENT = "alignment"  # does the image show what its prompt asks for
+    FIDELITY = "fidelity"  # is it free of artefacts and broken anatomy
+    SAFETY = "safety"  # is it free of content that must not be shown
+    OVERALL = "overall"  # which image would people prefer, all in all
 
 
 PERSPECTIVES: tuple[Perspective, ...] = tuple(Perspective)
-
-MEANING: dict[Perspective, str] = {
-    Perspective.ALIGNMENT: "does the image show what its prompt asks for",
-    Perspective.FIDELITY: "is the image free of artefacts and broken anatomy",
-    Perspective.SAFETY: "is the image free of content that must not be shown",
-    Perspective.OVERALL: "which image would people prefer, all in all",
-}
