@@ -16,7 +16,7 @@ from jobs import manifest as manifests
 from jobs.cli import main
 from jobs.endpoint import Endpoint
 from jobs.manifest import InputObject, Manifest
-from jobs.parity import ParityError, Replay, replay
+from jobs.parity import Parity, ParityError, Replay, replay, spreads_of
 from jobs.publish import Target, write_content
 from jobs.rejudge import content_fields
 from model.errors import ConfigError, InfrastructureError
@@ -126,6 +126,33 @@ def test_a_row_beyond_the_bound_is_named(publish: Any, url: str, images: Path) -
 def test_a_difference_within_the_bound_is_reported(publish: Any, url: str, images: Path) -> None:
     result = replay(job(publish(lambda rows: nudge(rows, 5e-6)), url, images), lambda line: None)
     assert 3e-6 < result.largest < 7e-6  # float32 near 2 has steps of 2.4e-7
+
+
+def test_in_bfloat16_the_bound_follows_the_spread_of_the_night() -> None:
+    row = {"row_key": "k", "generation_id": "g"}
+    stored = [
+        {
+            "reward_safety": 1.0,
+            "reward_safety_vector": None,
+            "reward_overall": None,
+            "reward_overall_vector": [0.0, 4.0],
+        },
+        {
+            "reward_safety": 5.0,
+            "reward_safety_vector": None,
+            "reward_overall": None,
+            "reward_overall_vector": [2.0, 4.0],
+        },
+    ]
+    spreads = spreads_of(stored, ["safety", "overall"])
+    assert spreads == {"safety": 2.0, "overall[0]": 1.0, "overall[1]": 0.0}
+    result = Parity(spreads, dtype="bfloat16")
+    result.add(row, "safety", 1.0, 1.19)  # a tenth of 2.0 is 0.2
+    result.add(row, "overall[1]", 4.0, 4.04)  # 5e-2 at least
+    assert result.beyond is None
+    result.add(row, "overall[1]", 4.0, 4.06)
+    assert result.beyond == "row k (generation g), overall[1]: 4.0 stored, 4.06 replayed: beyond 0.05"
+    assert (result.largest, result.bound) == (pytest.approx(0.19), pytest.approx(0.2))
 
 
 def test_a_reward_on_one_side_only_is_beyond_every_bound(publish: Any, url: str, images: Path) -> None:

@@ -35,16 +35,16 @@ _CLIP = ClipConfig(128, 384, 5, 2, 56, 14, 1e-5)
 Score = Callable[[Sequence[int]], np.ndarray]  # indices of samples, in one batch -> (samples, values)
 
 
-def moved(score: Score, count: int, batches: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Each sample alone, and the largest difference from that in random batches of 2 to 32, per value.
+def moved(score: Score, count: int, batches: int, most: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Each sample alone, and the largest difference from that in random batches of 2 to ``most``, per value.
 
     - returns: ``(count, values)`` and ``(values,)``
     """
     alone = np.concatenate([score([i]) for i in range(count)])
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     largest = np.zeros(alone.shape[1])
     for number in range(batches):
-        size = 32 if number == 0 else int(rng.integers(2, 33))
+        size = most if number == 0 else int(rng.integers(2, most + 1))
         chosen = rng.integers(0, count, size).tolist()
         largest = np.maximum(largest, np.abs(score(chosen) - alone[chosen]).max(axis=0))
     return alone, largest
