@@ -13,6 +13,7 @@ import hashlib
 import math
 import random
 import re
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,12 +30,10 @@ from jobs.manifest import Manifest
 from jobs.query import scores
 from model import storage
 from model.errors import ConfigError, InputError
+from model.identity import same_within
 from model.images import MAX_IMAGE_BYTES
 from model.schema import STATUS_SCORED
 
-# In reward units, by the dtype of the endpoint. float32: kernels add up in another order with padding. bfloat16: 8
-# bits of mantissa over all layers; the bound of golden inputs. The night must have been scored in the same dtype.
-BOUNDS = {"float32": 1e-5, "bfloat16": 5e-2}
 MAX_BATCH_ITEMS = 32  # the endpoint's own default limit
 # A third more as base64; the endpoint takes bodies of 64 MiB by default.
 _MAX_BATCH_BYTES = 32 * 2**20
@@ -62,13 +61,19 @@ class Replay:
 
 @dataclass
 class Parity:
-    """What came out. Differences are absolute, in reward units; ``skipped``: reason -> rows."""
+    """What came out. Differences are absolute, in reward units; ``skipped``: reason -> rows.
 
+    ``dtype``: of the endpoint; the night must have been scored in the same. ``spreads``: standard deviation of each
+    stored value over the rows drawn, by its name. ``bound``: that of the value with the largest difference.
+    """
+
+    spreads: dict[str, float] = field(default_factory=dict)
     dtype: str = ""
     rows: int = 0
     values: int = 0
     batch_sizes: list[int] = field(default_factory=list)
     largest: float = 0.0
+    bound: float = 0.0
     beyond: str | None = None
     skipped: Counter[str] = field(default_factory=Counter)
 
@@ -77,20 +82,21 @@ class Parity:
         if stored is None and replayed is None:
             return
         difference = math.inf if stored is None or replayed is None else abs(stored - replayed)
+        bound = same_within(self.dtype, self.spreads.get(name, 0.0))
         self.values += 1
-        self.largest = max(self.largest, difference)
+        if difference >= self.largest:
+            self.largest, self.bound = difference, bound
         where = f"row {row['row_key']} (generation {row['generation_id']}), {name}"
-        place = f"{where}: {stored} stored, {replayed} replayed"
-        if difference > BOUNDS[self.dtype] and self.beyond is None:
-            self.beyond = place
+        if difference > bound and self.beyond is None:
+            self.beyond = f"{where}: {stored} stored, {replayed} replayed: beyond {bound:.3g}"
 
 
 def replay(job: Replay, say: Callable[[str], None]) -> Parity:
     """Draw, post, compare; says the largest difference.
 
-    - raises: ``ParityError`` when a difference exceeds ``BOUNDS``; ``ConfigError`` when nothing is published, nothing
-      can be compared, or the endpoint has another checkpoint or preprocessing; ``InfrastructureError`` when it
-      does not answer
+    - raises: ``ParityError`` when a difference exceeds ``same_within``; ``ConfigError`` when nothing is published,
+      nothing can be compared, or the endpoint has another checkpoint or preprocessing; ``InfrastructureError`` when
+      it does not answer
     """
     manifest = manifests.latest(job.output, job.night)
     if manifest is None:
@@ -99,6 +105,7 @@ def replay(job: Replay, say: Callable[[str], None]) -> Parity:
     rng = random.Random(job.seed)  # noqa: S311 - a sample, no secret
     result = Parity()
     rows = draw(job, manifest, rng, result.skipped)
+    result.spreads = spreads_of(rows, list(manifest.checkpoints))
     buckets = allowed_buckets(manifest.inputs[0].uri, job.image_root, job.allow_bucket)
     rules = FetchRules(job.image_root, buckets, MAX_IMAGE_BYTES, concurrency=16)
     endpoint = Endpoint(job.url)
@@ -128,6 +135,24 @@ def draw(job: Replay, manifest: Manifest, rng: random.Random, skipped: Counter[s
         raise ConfigError(f"the night {job.night} was published without its prompts (dropped or hashed): no replay")
     rng.shuffle(rows)  # neighbours in the log must not stay neighbours in a batch
     return rows
+
+
+def spreads_of(rows: Sequence[Row], perspectives: Sequence[str]) -> dict[str, float]:
+    """Standard deviation of every stored value over the rows, by the names that ``Parity.add`` is given."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for perspective in perspectives:
+            vector = row[f"reward_{perspective}_vector"] or []
+            named = [(perspective, row[f"reward_{perspective}"])]
+            named += [(_component(perspective, index), value) for index, value in enumerate(vector)]
+            for name, value in named:
+                if value is not None:
+                    values.setdefault(name, []).append(value)
+    return {name: statistics.pstdev(found) for name, found in values.items()}
+
+
+def _component(perspective: str, index: int) -> str:
+    return f"{perspective}[{index}]"
 
 
 def batches(
@@ -182,7 +207,7 @@ def _compare_perspective(row: Row, scored: dict[str, Any], perspective: str, res
     result.add(row, perspective, row[f"reward_{perspective}"], scored["rewards"][perspective])
     stored, replayed = row[f"reward_{perspective}_vector"] or [], scored["reward_vectors"].get(perspective, [])
     for index, (mine, theirs) in enumerate(zip_longest(stored, replayed)):
-        result.add(row, f"{perspective}[{index}]", mine, theirs)
+        result.add(row, _component(perspective, index), mine, theirs)
 
 
 def check_same_model(answer: dict[str, Any], manifest: Manifest, result: Parity) -> None:
@@ -193,8 +218,6 @@ def check_same_model(answer: dict[str, Any], manifest: Manifest, result: Parity)
     for name, (mine, theirs) in facts.items():
         if mine != theirs:
             raise ConfigError(f"the endpoint has another {name}: {theirs}, the night was scored with {mine}")
-    if model["dtype"] not in BOUNDS:
-        raise ConfigError(f"the endpoint runs in {model['dtype']}; bounds are known for {', '.join(BOUNDS)}")
     result.dtype = model["dtype"]
 
 
@@ -204,9 +227,8 @@ def _conclude(result: Parity, say: Callable[[str], None]) -> None:
             say(f"skipped {count} rows: {reason}")
     if not result.rows:
         raise ConfigError("nothing to compare: no scored row of this night has an image that can be read again")
-    bound = BOUNDS[result.dtype]
     sizes = f"{len(result.batch_sizes)} requests of {min(result.batch_sizes)} to {max(result.batch_sizes)} images"
     say(f"compared {result.values} rewards of {result.rows} rows in {sizes}")
-    say(f"largest difference {result.largest:.3g}, bound {bound:g} in {result.dtype}")
+    say(f"largest difference {result.largest:.3g}, bound {result.bound:.3g} in {result.dtype}")
     if result.beyond is not None:
-        raise ParityError(f"{result.beyond}: beyond {bound:g}")
+        raise ParityError(result.beyond)

@@ -15,6 +15,11 @@ GOLDEN = DEFAULT_ROOT / "llava_reward"
 _BLANK = "▁"
 QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 LLAVA_SPECIAL = ("<unk>", "<s>", "</s>", "<image>")
+# By family: perspective to variant of the golden case, for ``write_bundle``.
+ADAPTERS = {
+    "qwen": {"alignment": "bt_plain", "safety": "bt_skipca", "overall": "gpm_skipca"},
+    "llava": {"safety": "bt_plain", "overall": "gpm_plain"},
+}
 
 
 def qwen_tokenizer() -> Tokenizer:

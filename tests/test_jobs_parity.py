@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
-from deployments.config import IngressArgs
-from deployments.ingress import create_app
+from deployments.replica import Replica
 from jobs import endpoint as endpoint_client
 from jobs import manifest as manifests
 from jobs.cli import main
 from jobs.endpoint import Endpoint
-from jobs.local_processes import free_port
 from jobs.manifest import InputObject, Manifest
-from jobs.parity import ParityError, Replay, replay
+from jobs.parity import Parity, ParityError, Replay, replay, spreads_of
 from jobs.publish import Target, write_content
 from jobs.rejudge import content_fields
 from model.errors import ConfigError, InfrastructureError
 from model.fake import FakeScorer
 from model.perspectives import PERSPECTIVES
-from model.policy_file import load_policy
 from model.schema import SCHEMA_VERSION, Generation
 from model.storage import head
 from tests.job_helpers import NIGHT, policy, staged_row, write_staged
-from tests.serve_parts import fake_replica, jpeg, policy_file
+from tests.serve_parts import endpoint_of, fake_replica, jpeg, policy_file
 
 COUNT = 40
 PROMPTS = [f"a red ball number {n}" for n in range(COUNT)]
@@ -41,28 +35,14 @@ PROMPTS = [f"a red ball number {n}" for n in range(COUNT)]
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The real application around a real replica object, served by uvicorn on loopback."""
     folder = tmp_path_factory.mktemp("endpoint")
-    policy_file(folder, dict(FakeScorer().identity.checkpoints))
-    port = free_port()
-    started, server = threading.Event(), None
+    policy_path = policy_file(folder, dict(FakeScorer().identity.checkpoints))
 
-    async def serve() -> None:
-        nonlocal server
+    def replica() -> Replica:
         with pytest.MonkeyPatch.context() as patch:
-            replica = fake_replica(patch, folder)
-        app = create_app(replica, load_policy(folder / "policy.yaml"), IngressArgs())  # type: ignore[arg-type]
-        server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
-        task = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        started.set()
-        await task
+            return fake_replica(patch, folder)
 
-    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
-    thread.start()
-    assert started.wait(20)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True  # type: ignore[attr-defined]
-    thread.join(20)
+    with endpoint_of(replica, policy_path) as address:
+        yield address
 
 
 @pytest.fixture
@@ -146,6 +126,33 @@ def test_a_row_beyond_the_bound_is_named(publish: Any, url: str, images: Path) -
 def test_a_difference_within_the_bound_is_reported(publish: Any, url: str, images: Path) -> None:
     result = replay(job(publish(lambda rows: nudge(rows, 5e-6)), url, images), lambda line: None)
     assert 3e-6 < result.largest < 7e-6  # float32 near 2 has steps of 2.4e-7
+
+
+def test_in_bfloat16_the_bound_follows_the_spread_of_the_night() -> None:
+    row = {"row_key": "k", "generation_id": "g"}
+    stored = [
+        {
+            "reward_safety": 1.0,
+            "reward_safety_vector": None,
+            "reward_overall": None,
+            "reward_overall_vector": [0.0, 4.0],
+        },
+        {
+            "reward_safety": 5.0,
+            "reward_safety_vector": None,
+            "reward_overall": None,
+            "reward_overall_vector": [2.0, 4.0],
+        },
+    ]
+    spreads = spreads_of(stored, ["safety", "overall"])
+    assert spreads == {"safety": 2.0, "overall[0]": 1.0, "overall[1]": 0.0}
+    result = Parity(spreads, dtype="bfloat16")
+    result.add(row, "safety", 1.0, 1.19)  # a tenth of 2.0 is 0.2
+    result.add(row, "overall[1]", 4.0, 4.04)  # 5e-2 at least
+    assert result.beyond is None
+    result.add(row, "overall[1]", 4.0, 4.06)
+    assert result.beyond == "row k (generation g), overall[1]: 4.0 stored, 4.06 replayed: beyond 0.05"
+    assert (result.largest, result.bound) == (pytest.approx(0.19), pytest.approx(0.2))
 
 
 def test_a_reward_on_one_side_only_is_beyond_every_bound(publish: Any, url: str, images: Path) -> None:

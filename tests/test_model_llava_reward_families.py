@@ -25,16 +25,12 @@ from model.llava_reward.scorer import LlavaRewardScorer
 from model.perspectives import Perspective
 from model.schema import Generation
 from model.scorer import RawOutput, load, read_identity
-from tests.llava_reward_bundles import write_bundle
+from tests.llava_reward_bundles import ADAPTERS, write_bundle
 
 torch.set_num_threads(2)
 
 ROOT = Path(__file__).parents[1]
 P = Perspective.SAFETY
-ADAPTERS = {
-    "qwen": {"alignment": "bt_plain", "safety": "bt_skipca", "overall": "gpm_skipca"},
-    "llava": {"safety": "bt_plain", "overall": "gpm_plain"},
-}
 FAMILIES = tuple(ADAPTERS)
 BACKBONE, HEAD, LORA = "backbone/model.safetensors", "safety/pytorch_model.bin", "safety/lora/adapter_model.bin"
 Edit = Callable[[dict[str, Tensor]], dict[str, Tensor]]

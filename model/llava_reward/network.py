@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from model.errors import ConfigError
@@ -71,9 +72,10 @@ class RewardBranch(nn.Module):
         return mixed
 
     def forward(self, end: EndState) -> Tensor:
-        """Rewards ``(b, v)``, unbounded, higher is better."""
-        rewards: Tensor = self.value_head(self.head_input(end))
-        return rewards
+        """Rewards ``(b, v)``, float32 in every dtype of the weights, unbounded, higher is better."""
+        # bfloat16 has steps of 0.06 between 8 and 16: a reward rounded to it would jump by one when the last bit of
+        # a sum falls otherwise in another batch, and rewards of unlike images would be equal.
+        return F.linear(self.head_input(end).float(), self.value_head.weight.float())
 
 
 class RewardNetwork(nn.Module):
