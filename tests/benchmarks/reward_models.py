@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from model.llava_reward.backbones.interface import EndState
 from model.llava_reward.backbones.lengths import Lengths
-from model.llava_reward.backbones.phi3v import Phi3VBackbone, Phi3VModel, Phi3VSample, Phi3VShared, merge_patches
+from model.llava_reward.backbones.phi3v import Phi3VBackbone, Phi3VModel, Phi3VSample, Phi3VShared
+from model.llava_reward.backbones.phi3v_vision import merge_patches
 from model.llava_reward.backbones.rope import rope_tables
 from model.llava_reward.config import ClipConfig, HeadConfig, Phi3VConfig, RopeConfig
 from model.llava_reward.network import RewardBranch, RewardNetwork

@@ -93,6 +93,14 @@ class Backbone(ABC, Generic[SampleT, SharedT]):
     def sample(self, arrays: Mapping[str, np.ndarray], device: torch.device) -> SampleT:
         """Prepared arrays of one generation to one sample on the device, normalised."""
 
+    def prefix_length(self, arrays: Mapping[str, np.ndarray]) -> int:
+        """Tokens that one picture's captions have in common and that are computed once a pass; 0 for none."""
+        return 0
+
+    def with_picture_of(self, sample: SampleT, other: SampleT) -> SampleT:
+        """``sample``, known to show the picture of ``other``; families that reuse it then hold it once."""
+        return sample
+
     @abstractmethod
     def share(self, vision: nn.Module, batch: Sequence[SampleT]) -> SharedT:
         """Everything that all perspectives have in common: the tower runs here, once per image."""

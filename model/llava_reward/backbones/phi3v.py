@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from model.llava_reward.backbones.clip import ClipTower
 from model.llava_reward.backbones.interface import Backbone, EndState, SkipCaForm, WeightNames
 from model.llava_reward.backbones.lengths import Lengths
+from model.llava_reward.backbones.phi3v_vision import VisionEncoder
+from model.llava_reward.backbones.prefix import caption_groups, end_hidden_behind, tokens_before
 from model.llava_reward.backbones.rms_norm import RmsNorm
 from model.llava_reward.backbones.rope import apply_rope, rope_tables
 from model.llava_reward.config import ClipConfig, Phi3VConfig, read_clip_config, read_phi3v_config
@@ -28,58 +29,6 @@ from model.llava_reward.pixels import crops_from_pixels
 
 if TYPE_CHECKING:
     import numpy as np
-
-
-class VisionTowerHolder(nn.Module):
-    """Gives the tower its published place, ``img_processor.vision_model``."""
-
-    def __init__(self, config: ClipConfig) -> None:
-        super().__init__()
-        self.vision_model = ClipTower(config)
-
-
-class VisionEncoder(nn.Module):
-    """Crops to merged tokens with their separators. Frozen in every published recipe, so all perspectives share it."""
-
-    def __init__(self, config: ClipConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.img_processor = VisionTowerHolder(config)
-        merged = 4 * config.hidden_size
-        self.glb_GN = nn.Parameter(torch.empty(1, 1, merged))
-        self.sub_GN = nn.Parameter(torch.empty(1, 1, 1, merged))
-
-    def forward(self, crops: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """One sequence of merged tokens per picture.
-
-        - crops: per picture ``(1 + a*g, 3, c, c)``, global view first; no padding crops
-        - grids: per picture ``(a, g)``
-        - returns: per picture ``(n, 4w)``
-        """
-        features = self.img_processor.vision_model(torch.cat(list(crops)))
-        pieces = torch.split(merge_patches(features), [len(c) for c in crops])
-        return [self._assemble(cells, grid) for cells, grid in zip(pieces, grids, strict=True)]
-
-    def _assemble(self, cells: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``sub_glb`` order: crops as one picture, separator, global view."""
-        whole = self._with_row_ends(cells[:1], (1, 1))
-        parts = self._with_row_ends(cells[1:], grid)
-        return torch.cat((parts, self.glb_GN[0], whole))
-
-    def _with_row_ends(self, cells: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``(a*g, m, m, 4w)`` laid out as a picture, a row end after each row: ``(a*m * (g*m + 1), 4w)``."""
-        (rows, columns), side = grid, cells.shape[1]
-        picture = cells.reshape(rows, columns, side, side, -1).transpose(1, 2).reshape(rows * side, columns * side, -1)
-        row_ends = self.sub_GN[0].expand(rows * side, 1, -1)
-        return torch.cat((picture, row_ends), dim=1).flatten(0, 1)
-
-
-def merge_patches(features: Tensor) -> Tensor:
-    """Join 2x2 patches, row by row within each: ``(k, 2m, 2m, w)`` to ``(k, m, m, 4w)``."""
-    crops, side, _, width = features.shape
-    half = side // 2
-    blocks = features.reshape(crops, half, 2, half, 2, width).permute(0, 1, 3, 2, 4, 5)
-    return blocks.reshape(crops, half, half, 4 * width)
 
 
 class ImageProjector(nn.Module):
@@ -115,7 +64,21 @@ class Phi3Attention(nn.Module):
     def _heads(self, values: Tensor, heads: int) -> Tensor:
         return values.view(*values.shape[:-1], heads, self.head_dim).transpose(1, 2)
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def heads_of(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values by head, positions applied: each ``(b, heads, l, d)``."""
+        widths = (self.o_proj.in_features, self.key_value_width, self.key_value_width)
+        q, k, v = self.qkv_proj(hidden).split(widths, dim=-1)
+        k, v = self._heads(k, self.num_key_value_heads), self._heads(v, self.num_key_value_heads)
+        return apply_rope(self._heads(q, self.num_heads), *rope), apply_rope(k, *rope), v
+
+    def keys_of(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values alone, as ``heads_of`` gives them."""
+        k, v = F.linear(hidden, self.qkv_proj.weight[self.o_proj.in_features :]).chunk(2, dim=-1)
+        k, v = self._heads(k, self.num_key_value_heads), self._heads(v, self.num_key_value_heads)
+        return apply_rope(k, *rope), v
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention and its output projection, ``(b, l, h)``; causal where no mask is given."""
         if self.num_key_value_heads != self.num_heads:
             repeats = self.num_heads // self.num_key_value_heads
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
@@ -125,23 +88,14 @@ class Phi3Attention(nn.Module):
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Every position: ``(b, l, h)`` to ``(b, l, h)``."""
-        widths = (self.o_proj.in_features, self.key_value_width, self.key_value_width)
-        q, k, v = self.qkv_proj(hidden).split(widths, dim=-1)
-        q, k, v = (
-            self._heads(q, self.num_heads),
-            self._heads(k, self.num_key_value_heads),
-            self._heads(v, self.num_key_value_heads),
-        )
-        return self._mix(apply_rope(q, *rope), apply_rope(k, *rope), v, mask=None)
+        return self.mix(*self.heads_of(hidden, rope), mask=None)
 
     def forward_last(self, hidden: Tensor, rope: tuple[Tensor, Tensor], lengths: Lengths) -> Tensor:
         """Only the end token asks, every real token answers: ``(b, l, h)`` to ``(b, 1, h)``."""
-        weight, width = self.qkv_proj.weight, self.o_proj.in_features
-        q = self._heads(F.linear(lengths.pick_last(hidden), weight[:width]), self.num_heads)
-        k, v = F.linear(hidden, weight[width:]).chunk(2, dim=-1)
-        k, v = self._heads(k, self.num_key_value_heads), self._heads(v, self.num_key_value_heads)
+        weight = self.qkv_proj.weight[: self.o_proj.in_features]
+        q = self._heads(F.linear(lengths.pick_last(hidden), weight), self.num_heads)
         q = apply_rope(q, lengths.pick_last(rope[0]), lengths.pick_last(rope[1]))
-        return self._mix(q, apply_rope(k, *rope), v, mask=lengths.key_mask())
+        return self.mix(q, *self.keys_of(hidden, rope), mask=lengths.key_mask())
 
 
 class Phi3Mlp(nn.Module):
@@ -228,12 +182,18 @@ class Phi3VSample:
 
 @dataclass(frozen=True)
 class Phi3VShared:
-    """A batch after the tower. ``merged``: per sample ``(n, 4w)``; ``input_ids``: ``(b, l)``, padded on the right."""
+    """A batch after the tower.
+
+    - input_ids: ``(b, l)``, padded on the right
+    - merged: per sample ``(n, 4w)``; one tensor for all samples of one picture
+    - groups: rows of one picture, whose tokens up to the image's last are computed once
+    """
 
     input_ids: Tensor
     merged: Sequence[Tensor]
     rope: tuple[Tensor, Tensor]
     lengths: Lengths
+    groups: Sequence[Sequence[int]] = ()
 
 
 class Phi3VBackbone(Backbone[Phi3VSample, Phi3VShared]):
@@ -272,22 +232,58 @@ class Phi3VBackbone(Backbone[Phi3VSample, Phi3VShared]):
         grid = (pixels.shape[0] // side, pixels.shape[1] // side)
         return Phi3VSample(ids, crops_from_pixels(pixels[None], side)[0], grid)
 
+    def prefix_length(self, arrays: Mapping[str, np.ndarray]) -> int:
+        return int((arrays["input_ids"] < 0).nonzero()[0][-1]) + 1
+
+    def with_picture_of(self, sample: Phi3VSample, other: Phi3VSample) -> Phi3VSample:
+        return replace(sample, crops=other.crops)
+
     def share(self, vision: nn.Module, batch: Sequence[Phi3VSample]) -> Phi3VShared:
-        """The tower runs on real crops only."""
-        merged = vision([item.crops for item in batch], [item.grid for item in batch])
+        """The tower runs on real crops only, and once for samples that hold the same crops."""
+        pictures = {id(item.crops): item for item in batch}
+        merged = vision([item.crops for item in pictures.values()], [item.grid for item in pictures.values()])
+        by_picture = dict(zip(pictures, merged, strict=True))
         input_ids = pad_sequence([item.input_ids for item in batch], batch_first=True)
         counts = torch.tensor([len(item.input_ids) for item in batch], device=input_ids.device)
-        lengths = Lengths(counts, input_ids.shape[1])
-        return Phi3VShared(input_ids, merged, rope_tables(counts, lengths.padded, self.config.rope), lengths)
+        lengths, rope = Lengths(counts, input_ids.shape[1]), self.config.rope
+        groups = caption_groups(
+            [item.input_ids for item in batch], [id(item.crops) for item in batch], rope.original_max_positions
+        )
+        tables = rope_tables(counts, lengths.padded, rope)
+        return Phi3VShared(input_ids, [by_picture[id(item.crops)] for item in batch], tables, lengths, groups)
 
     def project(self, model: nn.Module, shared: Phi3VShared) -> Sequence[Tensor]:
-        projected = cast(Phi3VModel, model).vision_embed_tokens(torch.cat(list(shared.merged)))
-        return cast(Sequence[Tensor], projected.split([len(m) for m in shared.merged]))
+        distinct = {id(merged): merged for merged in shared.merged}
+        projected = cast(Phi3VModel, model).vision_embed_tokens(torch.cat(list(distinct.values())))
+        pieces = dict(zip(distinct, projected.split([len(m) for m in distinct.values()]), strict=True))
+        return [pieces[id(merged)] for merged in shared.merged]
 
     def end_state(self, model: nn.Module, shared: Phi3VShared, image_tokens: Sequence[Tensor]) -> EndState:
         phi = cast(Phi3VModel, model)
-        embedded = phi.embed(shared.input_ids, torch.cat(list(image_tokens)))
-        return EndState(phi.end_hidden(embedded, shared.rope, shared.lengths), image_tokens)
+        many = [list(rows) for rows in shared.groups if len(rows) > 1]
+        grouped = {row for rows in many for row in rows}
+        alone = [row for row in range(len(image_tokens)) if row not in grouped]
+        parts = [_end_alone(phi, shared, image_tokens, alone)] if alone else []
+        parts += [_end_together(phi, shared, image_tokens, rows) for rows in many]
+        order = sorted(range(len(image_tokens)), key=[*alone, *(row for rows in many for row in rows)].__getitem__)
+        return EndState(torch.cat(parts)[order], image_tokens)
+
+
+def _end_alone(phi: Phi3VModel, shared: Phi3VShared, image_tokens: Sequence[Tensor], rows: list[int]) -> Tensor:
+    """End tokens of samples with a picture each, in one padded batch."""
+    embedded = phi.embed(shared.input_ids[rows], torch.cat([image_tokens[row] for row in rows]))
+    rope = (shared.rope[0][rows], shared.rope[1][rows])
+    return phi.end_hidden(embedded, rope, Lengths(shared.lengths.counts[rows], shared.lengths.padded))
+
+
+def _end_together(phi: Phi3VModel, shared: Phi3VShared, image_tokens: Sequence[Tensor], rows: list[int]) -> Tensor:
+    """End tokens of several captions of one picture."""
+    first, ids = rows[:1], shared.input_ids[rows]
+    split = tokens_before(ids[0])
+    before = phi.embed(ids[:1, :split], image_tokens[rows[0]])
+    behind = cast(Tensor, phi.embed_tokens(ids[:, split:]))
+    rope = (shared.rope[0][first], shared.rope[1][first])
+    return end_hidden_behind(phi, before, behind, rope, shared.lengths.counts[rows] - split)
 
 
 def read_backbone(folder: Path) -> Phi3VBackbone:
