@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from model.llava_reward.backbones.interface import Backbone, EndState, SkipCaForm, WeightNames
-from model.llava_reward.backbones.lengths import Lengths
+from model.llava_reward.backbones.layers import Layer, Layout, Rope, end_hidden
 from model.llava_reward.backbones.phi3v_vision import VisionEncoder
-from model.llava_reward.backbones.prefix import caption_groups, end_hidden_behind, tokens_before
+from model.llava_reward.backbones.pictures import Pictures
+from model.llava_reward.backbones.prefix import Run, in_order, runs_of
 from model.llava_reward.backbones.rms_norm import RmsNorm
 from model.llava_reward.backbones.rope import apply_rope, rope_tables
 from model.llava_reward.config import ClipConfig, Phi3VConfig, read_clip_config, read_phi3v_config
@@ -48,10 +48,7 @@ class ImageProjector(nn.Module):
 
 
 class Phi3Attention(nn.Module):
-    """Causal self-attention with rotary positions.
-
-    Samples are padded on the right, so causality alone keeps real tokens from seeing padding: no mask is built.
-    """
+    """Causal self-attention with rotary positions, in the steps of ``layers.Attention``."""
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
@@ -64,18 +61,23 @@ class Phi3Attention(nn.Module):
     def _heads(self, values: Tensor, heads: int) -> Tensor:
         return values.view(*values.shape[:-1], heads, self.head_dim).transpose(1, 2)
 
-    def heads_of(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def heads_of(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values by head, positions applied: each ``(b, heads, l, d)``."""
         widths = (self.o_proj.in_features, self.key_value_width, self.key_value_width)
         q, k, v = self.qkv_proj(hidden).split(widths, dim=-1)
         k, v = self._heads(k, self.num_key_value_heads), self._heads(v, self.num_key_value_heads)
         return apply_rope(self._heads(q, self.num_heads), *rope), apply_rope(k, *rope), v
 
-    def keys_of(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def keys_of(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Keys and values alone, as ``heads_of`` gives them."""
         k, v = F.linear(hidden, self.qkv_proj.weight[self.o_proj.in_features :]).chunk(2, dim=-1)
         k, v = self._heads(k, self.num_key_value_heads), self._heads(v, self.num_key_value_heads)
         return apply_rope(k, *rope), v
+
+    def query_of(self, hidden: Tensor, rope: Rope) -> Tensor:
+        """Queries alone, as ``heads_of`` gives them."""
+        q = F.linear(hidden, self.qkv_proj.weight[: self.o_proj.in_features])
+        return apply_rope(self._heads(q, self.num_heads), *rope)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention and its output projection, ``(b, l, h)``; causal where no mask is given."""
@@ -85,17 +87,6 @@ class Phi3Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
-
-    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Every position: ``(b, l, h)`` to ``(b, l, h)``."""
-        return self.mix(*self.heads_of(hidden, rope), mask=None)
-
-    def forward_last(self, hidden: Tensor, rope: tuple[Tensor, Tensor], lengths: Lengths) -> Tensor:
-        """Only the end token asks, every real token answers: ``(b, l, h)`` to ``(b, 1, h)``."""
-        weight = self.qkv_proj.weight[: self.o_proj.in_features]
-        q = self._heads(F.linear(lengths.pick_last(hidden), weight), self.num_heads)
-        q = apply_rope(q, lengths.pick_last(rope[0]), lengths.pick_last(rope[1]))
-        return self.mix(q, *self.keys_of(hidden, rope), mask=lengths.key_mask())
 
 
 class Phi3Mlp(nn.Module):
@@ -113,7 +104,7 @@ class Phi3Mlp(nn.Module):
 
 
 class Phi3Layer(nn.Module):
-    """Pre-norm decoder layer."""
+    """Pre-norm decoder layer; ``layers.py`` runs it."""
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
@@ -121,19 +112,6 @@ class Phi3Layer(nn.Module):
         self.self_attn = Phi3Attention(config)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Phi3Mlp(config)
-
-    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """``(b, l, h)`` to ``(b, l, h)``."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope)
-        out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return out
-
-    def forward_last(self, hidden: Tensor, rope: tuple[Tensor, Tensor], lengths: Lengths) -> Tensor:
-        """``(b, l, h)`` to the end tokens' ``(b, 1, h)``."""
-        mixed = self.self_attn.forward_last(self.input_layernorm(hidden), rope, lengths)
-        end = lengths.pick_last(hidden) + mixed
-        out: Tensor = end + self.mlp(self.post_attention_layernorm(end))
-        return out
 
 
 class Phi3VModel(nn.Module):
@@ -157,13 +135,9 @@ class Phi3VModel(nn.Module):
         slots = (input_ids < 0).unsqueeze(-1).expand_as(embedded)
         return embedded.masked_scatter(slots, image_tokens.to(embedded.dtype))
 
-    def end_hidden(self, embedded: Tensor, rope: tuple[Tensor, Tensor], lengths: Lengths) -> Tensor:
-        """Hidden state of the end token after the final norm: ``(b, l, h)`` to ``(b, h)``."""
-        for layer in self.layers[:-1]:
-            embedded = layer(embedded, rope)
-        last = cast(Phi3Layer, self.layers[-1])
-        hidden: Tensor = self.norm(last.forward_last(embedded, rope, lengths))
-        return hidden.squeeze(1)
+    def end_hidden(self, embedded: Tensor, rope: Rope, layout: Layout) -> Tensor:
+        """Hidden states of the end tokens after the final norm: ``(b, l, h)`` to one row of ``h`` each."""
+        return end_hidden(cast(Sequence[Layer], self.layers), self.norm, embedded, rope, layout)
 
 
 @dataclass(frozen=True)
@@ -184,16 +158,13 @@ class Phi3VSample:
 class Phi3VShared:
     """A batch after the tower.
 
-    - input_ids: ``(b, l)``, padded on the right
-    - merged: per sample ``(n, 4w)``; one tensor for all samples of one picture
-    - groups: rows of one picture, whose tokens up to the image's last are computed once
+    - merged: per picture ``(n, 4w)``; pictures: which of them each sample shows
+    - runs: what goes through the language model at once, and the rotary tables of each
     """
 
-    input_ids: Tensor
     merged: Sequence[Tensor]
-    rope: tuple[Tensor, Tensor]
-    lengths: Lengths
-    groups: Sequence[Sequence[int]] = ()
+    pictures: Pictures
+    runs: Sequence[tuple[Run, Rope]]
 
 
 class Phi3VBackbone(Backbone[Phi3VSample, Phi3VShared]):
@@ -232,58 +203,29 @@ class Phi3VBackbone(Backbone[Phi3VSample, Phi3VShared]):
         grid = (pixels.shape[0] // side, pixels.shape[1] // side)
         return Phi3VSample(ids, crops_from_pixels(pixels[None], side)[0], grid)
 
-    def prefix_length(self, arrays: Mapping[str, np.ndarray]) -> int:
-        return int((arrays["input_ids"] < 0).nonzero()[0][-1]) + 1
-
-    def with_picture_of(self, sample: Phi3VSample, other: Phi3VSample) -> Phi3VSample:
-        return replace(sample, crops=other.crops)
+    def rope_form(self, length: int) -> bool:
+        """The rotary factors are others for long samples."""
+        return length > self.config.rope.original_max_positions
 
     def share(self, vision: nn.Module, batch: Sequence[Phi3VSample]) -> Phi3VShared:
-        """The tower runs on real crops only, and once for samples that hold the same crops."""
-        pictures = {id(item.crops): item for item in batch}
-        merged = vision([item.crops for item in pictures.values()], [item.grid for item in pictures.values()])
-        by_picture = dict(zip(pictures, merged, strict=True))
-        input_ids = pad_sequence([item.input_ids for item in batch], batch_first=True)
-        counts = torch.tensor([len(item.input_ids) for item in batch], device=input_ids.device)
-        lengths, rope = Lengths(counts, input_ids.shape[1]), self.config.rope
-        groups = caption_groups(
-            [item.input_ids for item in batch], [id(item.crops) for item in batch], rope.original_max_positions
-        )
-        tables = rope_tables(counts, lengths.padded, rope)
-        return Phi3VShared(input_ids, [by_picture[id(item.crops)] for item in batch], tables, lengths, groups)
+        """The tower runs on real crops only, and once per picture."""
+        pictures = Pictures.of([item.crops for item in batch])
+        shown = pictures.once(batch)
+        merged = vision([item.crops for item in shown], [item.grid for item in shown])
+        runs = runs_of([item.input_ids for item in batch], pictures, self.rope_form)
+        tables = [rope_tables(run.lengths, run.positions, self.config.rope) for run in runs]
+        return Phi3VShared(merged, pictures, list(zip(runs, tables, strict=True)))
 
     def project(self, model: nn.Module, shared: Phi3VShared) -> Sequence[Tensor]:
-        distinct = {id(merged): merged for merged in shared.merged}
-        projected = cast(Phi3VModel, model).vision_embed_tokens(torch.cat(list(distinct.values())))
-        pieces = dict(zip(distinct, projected.split([len(m) for m in distinct.values()]), strict=True))
-        return [pieces[id(merged)] for merged in shared.merged]
+        projected = cast(Phi3VModel, model).vision_embed_tokens(torch.cat(list(shared.merged)))
+        return shared.pictures.each(projected.split([len(merged) for merged in shared.merged]))
 
     def end_state(self, model: nn.Module, shared: Phi3VShared, image_tokens: Sequence[Tensor]) -> EndState:
-        phi = cast(Phi3VModel, model)
-        many = [list(rows) for rows in shared.groups if len(rows) > 1]
-        grouped = {row for rows in many for row in rows}
-        alone = [row for row in range(len(image_tokens)) if row not in grouped]
-        parts = [_end_alone(phi, shared, image_tokens, alone)] if alone else []
-        parts += [_end_together(phi, shared, image_tokens, rows) for rows in many]
-        order = sorted(range(len(image_tokens)), key=[*alone, *(row for rows in many for row in rows)].__getitem__)
-        return EndState(torch.cat(parts)[order], image_tokens)
-
-
-def _end_alone(phi: Phi3VModel, shared: Phi3VShared, image_tokens: Sequence[Tensor], rows: list[int]) -> Tensor:
-    """End tokens of samples with a picture each, in one padded batch."""
-    embedded = phi.embed(shared.input_ids[rows], torch.cat([image_tokens[row] for row in rows]))
-    rope = (shared.rope[0][rows], shared.rope[1][rows])
-    return phi.end_hidden(embedded, rope, Lengths(shared.lengths.counts[rows], shared.lengths.padded))
-
-
-def _end_together(phi: Phi3VModel, shared: Phi3VShared, image_tokens: Sequence[Tensor], rows: list[int]) -> Tensor:
-    """End tokens of several captions of one picture."""
-    first, ids = rows[:1], shared.input_ids[rows]
-    split = tokens_before(ids[0])
-    before = phi.embed(ids[:1, :split], image_tokens[rows[0]])
-    behind = cast(Tensor, phi.embed_tokens(ids[:, split:]))
-    rope = (shared.rope[0][first], shared.rope[1][first])
-    return end_hidden_behind(phi, before, behind, rope, shared.lengths.counts[rows] - split)
+        phi, parts = cast(Phi3VModel, model), []
+        for run, rope in shared.runs:
+            embedded = phi.embed(run.input_ids, torch.cat([image_tokens[row] for row in run.shown]))
+            parts.append(phi.end_hidden(embedded, rope, run.layout))
+        return EndState(in_order([run for run, _ in shared.runs], parts), image_tokens)
 
 
 def read_backbone(folder: Path) -> Phi3VBackbone:

@@ -1,26 +1,66 @@
-"""Phi-3's layers over many captions of one image: what stands before the captions is computed once.
+"""Many captions of one picture: what stands before the captions goes through the language model once.
 
-Under causal attention the start of the text and the image tokens see no caption, so their keys and values are the
-same for every caption. They are kept for one layer at a time; nothing is stored between calls.
+Under causal attention the start of the text and the image tokens see no caption, so they come out the same for
+every caption. The captions stand one behind the other in one sequence, each seeing what stands before all of them
+and itself; its positions go on from the picture, as if it stood there alone.
 
-Letters: m: captions of one image, p: tokens before them (image included), s: padded length of what follows,
-h: hidden size.
+Letters: b: sequences, l: their length, m: captions of one picture, p: tokens before them (image included),
+t: length of the joined sequence, h: hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from model.llava_reward.backbones.layers import Attention, Layout
 from model.llava_reward.backbones.lengths import Lengths
+from model.llava_reward.backbones.pictures import Pictures
 
-if TYPE_CHECKING:
-    from model.llava_reward.backbones.phi3v import Phi3Layer, Phi3VModel
 
-Rope = tuple[Tensor, Tensor]
+@dataclass(frozen=True)
+class Joined:
+    """Captions one behind the other. ``ends``: ``(m,)`` int64; ``mask``: ``(t - p, t)`` bool, what captions see."""
+
+    before: int
+    ends: Tensor
+    mask: Tensor
+
+    def mix(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Apart, so that what stands before the captions needs no mask and is never compared with them."""
+        p = self.before
+        first = attention.mix(q[:, :, :p], k[:, :, :p], v[:, :, :p], mask=None)
+        return torch.cat((first, attention.mix(q[:, :, p:], k, v, mask=self.mask)), dim=1)
+
+    def pick_last(self, values: Tensor) -> Tensor:
+        """The end tokens' rows of ``(b, ..., t, d)``: ``(b, ..., m, d)``."""
+        return values[..., self.ends, :]
+
+    def key_mask(self) -> Tensor:
+        """``(m, t)`` bool."""
+        return self.mask[self.ends - self.before]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Samples that go through the language model at once.
+
+    - rows: of the batch, in the order of their end tokens
+    - shown: rows whose image tokens go where the ids are negative, in order
+    - input_ids: ``(b, l)``; positions: ``(1, l)``, where each token stands in its own sample
+    - lengths: ``(b,)`` int64, tokens of the longest sample of each sequence
+    """
+
+    rows: Sequence[int]
+    shown: Sequence[int]
+    input_ids: Tensor
+    positions: Tensor
+    lengths: Tensor
+    layout: Layout
 
 
 def tokens_before(input_ids: Tensor) -> int:
@@ -28,72 +68,47 @@ def tokens_before(input_ids: Tensor) -> int:
     return int((input_ids < 0).nonzero()[-1]) + 1
 
 
-def caption_groups(ids: Sequence[Tensor], pictures: Sequence[Hashable], original_positions: int) -> list[list[int]]:
-    """Rows whose tokens up to the image's last are computed alike: one picture, one text before it, one rotary form.
+def runs_of(ids: Sequence[Tensor], pictures: Pictures, form: Callable[[int], Hashable] = lambda _: None) -> list[Run]:
+    """Captions of one picture together, all other samples side by side.
 
-    - pictures: what tells the pictures apart, by row
-    - original_positions: the rotary factors of samples longer than this differ
+    - ids: per sample ``(length,)``
+    - form: of a sample's length, what decides how positions are rotated: only samples of one form share anything
     """
-    by_picture: dict[Hashable, list[int]] = {}
-    for row, picture in enumerate(pictures):
-        by_picture.setdefault(picture, []).append(row)
-    groups = []
-    for rows in by_picture.values():
-        alike: dict[Hashable, list[int]] = {}
-        for row in rows:
-            # Only looked at where a picture repeats: reading ids waits for the device.
-            start = tuple(ids[row][: tokens_before(ids[row])].tolist()) if len(rows) > 1 else ()
-            alike.setdefault((start, len(ids[row]) > original_positions), []).append(row)
-        groups += alike.values()
-    return groups
+    groups: dict[Hashable, list[int]] = {}
+    for row, picture in enumerate(pictures.numbers):
+        # Only looked at where a picture repeats: reading ids waits for the device.
+        is_repeated = pictures.numbers.count(picture) > 1
+        start = tuple(ids[row][: tokens_before(ids[row])].tolist()) if is_repeated else ()
+        groups.setdefault((picture, start, form(len(ids[row]))), []).append(row)
+    alone = [rows[0] for rows in groups.values() if len(rows) == 1]
+    runs = [_joined(ids, rows) for rows in groups.values() if len(rows) > 1]
+    return [_side_by_side(ids, alone), *runs] if alone else runs
 
 
-def end_hidden_behind(model: Phi3VModel, before: Tensor, behind: Tensor, rope: Rope, counts: Tensor) -> Tensor:
-    """Hidden states of the end tokens after the final norm, ``(m, h)``, as if each caption stood alone.
-
-    - before: ``(1, p, h)`` embedded, the same for all captions; behind: ``(m, s, h)``, padded on the right
-    - rope: cosines and sines of all ``p + s`` positions, ``(1, 1, p + s, d)``
-    - counts: ``(m,)`` real tokens of each row of ``behind``
-    """
-    split = before.shape[1]
-    near: Rope = (rope[0][..., :split, :], rope[1][..., :split, :])
-    far: Rope = (rope[0][..., split:, :], rope[1][..., split:, :])
-    length = behind.shape[1]
-    # Each token sees everything before the captions, and its own caption up to itself.
-    mask = torch.ones(length, split + length, dtype=torch.bool, device=behind.device).tril(split)
-    for layer in model.layers[:-1]:
-        before, behind = _layer(cast("Phi3Layer", layer), before, behind, (near, far), mask)
-    last = cast("Phi3Layer", model.layers[-1])
-    hidden: Tensor = model.norm(_last(last, before, behind, (near, far), Lengths(counts, length)))
-    return hidden.squeeze(1)
+def in_order(runs: Sequence[Run], parts: Sequence[Tensor]) -> Tensor:
+    """What each run gave, ``(rows, h)``, in the order of the batch."""
+    rows = [row for run in runs for row in run.rows]
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    return torch.cat(list(parts))[torch.tensor(order, device=parts[0].device)]
 
 
-def _layer(
-    layer: Phi3Layer, before: Tensor, behind: Tensor, ropes: tuple[Rope, Rope], mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    attention = layer.self_attn
-    q, k, v = attention.heads_of(layer.input_layernorm(before), ropes[0])
-    own_q, own_k, own_v = attention.heads_of(layer.input_layernorm(behind), ropes[1])
-    keys, values = _joined(k, own_k), _joined(v, own_v)
-    before = before + attention.mix(q, k, v, mask=None)
-    behind = behind + attention.mix(own_q, keys, values, mask=mask)
-    before = before + layer.mlp(layer.post_attention_layernorm(before))
-    return before, behind + layer.mlp(layer.post_attention_layernorm(behind))
+def _side_by_side(ids: Sequence[Tensor], rows: list[int]) -> Run:
+    input_ids = pad_sequence([ids[row] for row in rows], batch_first=True)
+    counts = torch.tensor([len(ids[row]) for row in rows], device=input_ids.device)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    return Run(rows, rows, input_ids, positions, counts, Lengths(counts, input_ids.shape[1]))
 
 
-def _last(layer: Phi3Layer, before: Tensor, behind: Tensor, ropes: tuple[Rope, Rope], lengths: Lengths) -> Tensor:
-    """Only the end tokens go on: ``(m, 1, h)``."""
-    attention = layer.self_attn
-    k, v = attention.keys_of(layer.input_layernorm(before), ropes[0])
-    own_q, own_k, own_v = attention.heads_of(layer.input_layernorm(behind), ropes[1])
-    keys, values = _joined(k, own_k), _joined(v, own_v)
-    everything = Lengths(lengths.counts + before.shape[1], lengths.padded + before.shape[1])
-    mixed = attention.mix(lengths.pick_last(own_q), keys, values, mask=everything.key_mask())
-    end = lengths.pick_last(behind) + mixed
-    out: Tensor = end + layer.mlp(layer.post_attention_layernorm(end))
-    return out
-
-
-def _joined(shared: Tensor, own: Tensor) -> Tensor:
-    """``(1, heads, p, d)`` in front of each of ``(m, heads, s, d)``."""
-    return torch.cat((shared.expand(len(own), -1, -1, -1), own), dim=2)
+def _joined(ids: Sequence[Tensor], rows: list[int]) -> Run:
+    device, before = ids[rows[0]].device, tokens_before(ids[rows[0]])
+    own = [len(ids[row]) - before for row in rows]
+    counts = torch.tensor(own)
+    caption = torch.arange(len(rows)).repeat_interleave(counts).to(device)
+    ends = (counts.cumsum(0) + before - 1).to(device)
+    itself = (caption[:, None] == caption).tril()
+    mask = torch.cat((itself.new_ones(len(caption), before), itself), dim=1)
+    longest = before + max(own)
+    positions = torch.cat([torch.arange(before), *(torch.arange(before, before + n) for n in own)]).to(device)
+    joined = torch.cat([ids[rows[0]][:before], *(ids[row][before:] for row in rows)])
+    lengths = torch.tensor([longest], device=device)
+    return Run(rows, rows[:1], joined[None], positions[None], lengths, Joined(before, ends, mask))
