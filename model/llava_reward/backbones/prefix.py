@@ -21,20 +21,45 @@ from model.llava_reward.backbones.layers import Attention, Layout
 from model.llava_reward.backbones.lengths import Lengths
 from model.llava_reward.backbones.pictures import Pictures
 
+_LEAST_BLOCK = 512  # tokens; smaller products would leave a device idle. Estimated, not measured.
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole captions, tokens ``start`` to ``stop`` of the sequence.
+
+    - mask: ``(stop - start, p + stop - start)`` bool, what they see of the tokens before all captions and of the block
+    """
+
+    start: int
+    stop: int
+    mask: Tensor
+
 
 @dataclass(frozen=True)
 class Joined:
-    """Captions one behind the other. ``ends``: ``(m,)`` int64; ``mask``: ``(t - p, t)`` bool, what captions see."""
+    """Captions one behind the other.
+
+    - before: p; ends: ``(m,)`` int64, where the end tokens stand
+    - own: ``(m, t)`` bool, true where a token is the caption's own or stands before all captions
+    """
 
     before: int
+    blocks: Sequence[Block]
     ends: Tensor
-    mask: Tensor
+    own: Tensor
 
     def mix(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Apart, so that what stands before the captions needs no mask and is never compared with them."""
+        """In blocks, or each caption would be compared with all others, only to be masked."""
         p = self.before
-        first = attention.mix(q[:, :, :p], k[:, :, :p], v[:, :, :p], mask=None)
-        return torch.cat((first, attention.mix(q[:, :, p:], k, v, mask=self.mask)), dim=1)
+        first_k, first_v = k[:, :, :p], v[:, :, :p]
+        parts = [attention.mix(q[:, :, :p], first_k, first_v, mask=None)]
+        for block in self.blocks:
+            span = slice(block.start, block.stop)
+            keys = torch.cat((first_k, k[:, :, span]), dim=2)
+            values = torch.cat((first_v, v[:, :, span]), dim=2)
+            parts.append(attention.mix(q[:, :, span], keys, values, mask=block.mask))
+        return torch.cat(parts, dim=1)
 
     def pick_last(self, values: Tensor) -> Tensor:
         """The end tokens' rows of ``(b, ..., t, d)``: ``(b, ..., m, d)``."""
@@ -42,7 +67,7 @@ class Joined:
 
     def key_mask(self) -> Tensor:
         """``(m, t)`` bool."""
-        return self.mask[self.ends - self.before]
+        return self.own
 
 
 @dataclass(frozen=True)
@@ -103,12 +128,31 @@ def _joined(ids: Sequence[Tensor], rows: list[int]) -> Run:
     device, before = ids[rows[0]].device, tokens_before(ids[rows[0]])
     own = [len(ids[row]) - before for row in rows]
     counts = torch.tensor(own)
-    caption = torch.arange(len(rows)).repeat_interleave(counts).to(device)
+    caption = torch.cat((torch.full((before,), -1), torch.arange(len(rows)).repeat_interleave(counts)))  # (t,)
+    sees = (caption == torch.arange(len(rows))[:, None]) | (caption < 0)
     ends = (counts.cumsum(0) + before - 1).to(device)
-    itself = (caption[:, None] == caption).tril()
-    mask = torch.cat((itself.new_ones(len(caption), before), itself), dim=1)
-    longest = before + max(own)
+    blocks = [_block(caption, before, *span, device) for span in _spans(own, before)]
     positions = torch.cat([torch.arange(before), *(torch.arange(before, before + n) for n in own)]).to(device)
     joined = torch.cat([ids[rows[0]][:before], *(ids[row][before:] for row in rows)])
-    lengths = torch.tensor([longest], device=device)
-    return Run(rows, rows[:1], joined[None], positions[None], lengths, Joined(before, ends, mask))
+    lengths = torch.tensor([before + max(own)], device=device)
+    layout = Joined(before, blocks, ends, sees.to(device))
+    return Run(rows, rows[:1], joined[None], positions[None], lengths, layout)
+
+
+def _spans(own: Sequence[int], before: int) -> list[tuple[int, int]]:
+    """Start and stop of blocks: as many captions as have not more tokens than stand before them, at least one."""
+    limit = max(before, _LEAST_BLOCK)
+    spans: list[tuple[int, int]] = []
+    for count in own:
+        start, stop = spans[-1] if spans else (before, before)
+        if spans and stop - start + count <= limit:
+            spans[-1] = (start, stop + count)
+        else:
+            spans.append((stop, stop + count))
+    return spans
+
+
+def _block(caption: Tensor, before: int, start: int, stop: int, device: torch.device) -> Block:
+    owner = caption[start:stop]
+    itself = (owner[:, None] == owner).tril()
+    return Block(start, stop, torch.cat((itself.new_ones(len(owner), before), itself), dim=1).to(device))
