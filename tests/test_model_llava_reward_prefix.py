@@ -128,8 +128,10 @@ def counted(module: nn.Module) -> Iterator[list[torch.Size]]:
     """Shapes of the first argument of every real call."""
     calls: list[torch.Size] = []
     handle = module.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape))
-    yield calls
-    handle.remove()
+    try:
+        yield calls
+    finally:
+        handle.remove()
 
 
 # --- sequences ---
