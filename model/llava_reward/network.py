@@ -1,6 +1,7 @@
 """The reward network: one image tower, and per perspective a language model, SkipCA and a value head.
 
-Letters: b: samples, h: hidden size, n: image tokens (padded to the longest), v: values per reward (1 for BT).
+Letters: b: samples, k: pictures among them, m: captions of one picture (padded to the most), h: hidden size,
+n: image tokens (padded to the longest), v: values per reward (1 for BT).
 Source: LLaVA-Reward (arXiv 2507.21391), in the form of the released code; rewards equal those of one sample alone.
 """
 
@@ -17,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model.errors import ConfigError
 from model.llava_reward.backbones.interface import Backbone, EndState
+from model.llava_reward.backbones.pictures import Pictures
 from model.llava_reward.backbones.rms_norm import RmsNorm
 from model.llava_reward.config import HeadConfig
 from model.perspectives import Perspective
@@ -61,14 +63,19 @@ class RewardBranch(nn.Module):
 
         That is the released formula, without keys and values for thousands of image tokens.
         """
-        tokens = pad_sequence(list(end.image_tokens), batch_first=True)  # (b, n, h)
-        counts = torch.tensor([len(t) for t in end.image_tokens], device=tokens.device)
+        pictures = Pictures.of(end.image_tokens)
+        shown = pictures.once(end.image_tokens)
+        tokens = pad_sequence(shown, batch_first=True)  # (k, n, h)
+        counts = torch.tensor([len(t) for t in shown], device=tokens.device)
         is_padding = torch.arange(tokens.shape[1], device=tokens.device) >= counts[:, None]
-        folded_query = self.W_q(end.hidden) @ self.W_k.weight  # (b, h)
-        scores = torch.einsum("bnh,bh->bn", tokens, folded_query).float() / math.sqrt(tokens.shape[-1])
+        # Captions of one picture ask it together, so that its tokens are not copied for each of them.
+        place = torch.tensor([pictures.numbers, pictures.slots()], device=tokens.device)
+        queries = end.hidden.new_zeros(len(shown), max(pictures.slots()) + 1, tokens.shape[-1])  # (k, m, h)
+        queries[place[0], place[1]] = self.W_q(end.hidden) @ self.W_k.weight
+        scores = torch.einsum("knh,kmh->kmn", tokens, queries).float() / math.sqrt(tokens.shape[-1])
         # Padding must weigh nothing, or a reward would depend on the largest image of its batch.
-        weights = scores.masked_fill(is_padding, -math.inf).softmax(-1).to(tokens.dtype)
-        mixed: Tensor = self.W_v(torch.einsum("bn,bnh->bh", weights, tokens))
+        weights = scores.masked_fill(is_padding[:, None], -math.inf).softmax(-1).to(tokens.dtype)
+        mixed: Tensor = self.W_v(torch.einsum("kmn,knh->kmh", weights, tokens)[place[0], place[1]])
         return mixed
 
     def forward(self, end: EndState) -> Tensor:

@@ -1,7 +1,7 @@
 """LLaVA-Reward behind the scorer interface: batches, memory, and records.
 
-Knows how to cut a batch into passes; what a pass computes is in ``network.py``, what a row becomes before it in
-``processor.py``.
+Which samples share a pass is decided in ``passes.py``; what a pass computes is in ``network.py``, what a row becomes
+before it in ``processor.py``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from model.errors import ConfigError, ErrorCode, Stage
 from model.golden import check_golden
 from model.llava_reward.bundle import read_bundle, read_heads, read_identity
 from model.llava_reward.checkpoint import load_network
+from model.llava_reward.passes import IDS, Cost, picture_numbers, plan_passes
 from model.llava_reward.processor import LlavaRewardPreprocessor
 from model.meaning import Head
 from model.perspectives import Perspective
@@ -62,22 +64,29 @@ class LlavaRewardScorer:
         return self._preprocessor.preprocess(generations)
 
     def forward(self, batch: Sequence[Prepared], perspectives: Sequence[Perspective] | None = None) -> list[RawOutput]:
-        """The device step, in passes of at most ``max_batch_tokens`` tokens (one sample may exceed it alone).
+        """The device step, in passes of at most ``max_batch_tokens`` tokens (see ``plan_passes``).
+
+        Captions of one picture share what does not depend on them, and equal generations are computed once.
 
         - perspectives: those to score; all of the bundle by default
         - returns: one output per item, in order, whatever the passes were
         - raises: ``ConfigError`` for a perspective that the bundle does not have
         """
         wanted = self._wanted(perspectives)
-        outputs: dict[int, RawOutput] = {}
-        for index, item in enumerate(batch):
-            if item.error is not None:
-                outputs[index] = RawOutput(item.generation_id, image=item.image, error=item.error)
-        scorable = [i for i in range(len(batch)) if i not in outputs]
-        for indices in self._passes(scorable, batch):
-            for index, values in zip(indices, self._run([batch[i] for i in indices], wanted), strict=True):
-                outputs[index] = _output(batch[index], values)
-        return [outputs[index] for index in range(len(batch))]
+        scorable = [i for i, item in enumerate(batch) if item.error is None]
+        pictures = dict(zip(scorable, picture_numbers([batch[i].arrays for i in scorable]), strict=True))
+        first_of: dict[tuple[int, bytes], int] = {}  # equal generations stand for one another
+        stands_in = {i: first_of.setdefault((pictures[i], batch[i].arrays[IDS].tobytes()), i) for i in scorable}
+        values: dict[int, dict[Perspective, tuple[float, ...]]] = {}
+        for indices in self._passes({i: pictures[i] for i in first_of.values()}, batch):
+            rows = self._run([batch[i] for i in indices], [pictures[i] for i in indices], wanted)
+            values.update(zip(indices, rows, strict=True))
+        return [
+            RawOutput(item.generation_id, image=item.image, error=item.error)
+            if item.error is not None
+            else _output(item, values[stands_in[index]])
+            for index, item in enumerate(batch)
+        ]
 
     def postprocess(self, outputs: Sequence[RawOutput]) -> list[ScoreRecord]:
         """Records, one per output; general-preference checkpoints fill ``reward_vectors``."""
@@ -107,22 +116,26 @@ class LlavaRewardScorer:
             )
         return wanted
 
-    def _passes(self, indices: Sequence[int], batch: Sequence[Prepared]) -> list[list[int]]:
-        """Group samples of similar length; rows times longest row stays within ``max_batch_tokens``."""
-        length = {i: len(batch[i].arrays["input_ids"]) for i in indices}
-        passes: list[list[int]] = []
-        for index in sorted(indices, key=length.__getitem__, reverse=True):  # the first of a pass is its longest
-            if passes and (len(passes[-1]) + 1) * length[passes[-1][0]] <= self._max_batch_tokens:
-                passes[-1].append(index)
-            else:
-                passes.append([index])
-        return passes
+    def _passes(self, pictures: Mapping[int, int], batch: Sequence[Prepared]) -> list[list[int]]:
+        """``pictures``: index into ``batch`` to the number of its picture."""
+        costs = {}
+        for index, picture in pictures.items():
+            prefix = self._network.backbone.prefix_of(batch[index].arrays)
+            costs[index] = Cost(len(batch[index].arrays[IDS]), prefix.length, (picture, prefix.key))
+        return plan_passes(costs, self._max_batch_tokens)
 
     @torch.inference_mode()
     def _run(
-        self, batch: Sequence[Prepared], wanted: Sequence[Perspective]
+        self, batch: Sequence[Prepared], pictures: Sequence[int], wanted: Sequence[Perspective]
     ) -> list[dict[Perspective, tuple[float, ...]]]:
-        samples = [self._network.backbone.sample(item.arrays, self._device) for item in batch]
+        backbone = self._network.backbone
+        shown: dict[int, Any] = {}  # the first sample of each picture
+        samples = []
+        for item, picture in zip(batch, pictures, strict=True):
+            if picture in shown:
+                samples.append(backbone.with_picture_of(item.arrays, shown[picture]))
+            else:
+                samples.append(shown.setdefault(picture, backbone.sample(item.arrays, self._device)))
         rewards = self._network(samples, wanted)
         rows = {p: values.float().tolist() for p, values in rewards.items()}
         return [{p: tuple(rows[p][i]) for p in wanted} for i in range(len(batch))]

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.llava_reward.backbones.interface import EndState
-from model.llava_reward.backbones.lengths import Lengths
-from model.llava_reward.backbones.phi3v import Phi3VBackbone, Phi3VModel, Phi3VSample, Phi3VShared, merge_patches
+from model.llava_reward.backbones.layers import Layer, every_token
+from model.llava_reward.backbones.phi3v import Phi3VBackbone, Phi3VModel, Phi3VSample, Phi3VShared
+from model.llava_reward.backbones.phi3v_vision import merge_patches
+from model.llava_reward.backbones.pictures import Pictures
+from model.llava_reward.backbones.prefix import runs_of
 from model.llava_reward.backbones.rope import rope_tables
 from model.llava_reward.config import ClipConfig, HeadConfig, Phi3VConfig, RopeConfig
 from model.llava_reward.network import RewardBranch, RewardNetwork
@@ -177,10 +180,10 @@ def _towered(built: Built, sample: Phi3VSample, steps: Collection[str]) -> Phi3V
     empty = 0 if "skip zero crops" in steps else SLOTS - real
     features = encoder.img_processor.vision_model(F.pad(sample.crops, (0, 0, 0, 0, 0, 0, 0, empty)))[:real]
     merged = encoder._assemble(merge_patches(features), sample.grid)
-    ids = sample.input_ids[None]
-    counts = torch.tensor([ids.shape[1]], device=ids.device)
-    rope = rope_tables(counts, ids.shape[1], built.scale.config.rope)
-    return Phi3VShared(ids, [merged], rope, Lengths(counts, ids.shape[1]))
+    pictures = Pictures.of([merged])
+    (run,) = runs_of([sample.input_ids], pictures)
+    rope = rope_tables(run.lengths, run.positions, built.scale.config.rope)
+    return Phi3VShared([merged], pictures, [(run, rope)])
 
 
 def _reward(
@@ -190,9 +193,10 @@ def _reward(
     if "EOS-only last layer" in steps:
         hidden = built.backbone.end_state(model, towered, tokens).hidden[:, None]  # (1, 1, h)
     else:
-        hidden = model.embed(towered.input_ids, tokens[0])
+        run, rope = towered.runs[0]
+        hidden = model.embed(run.input_ids, tokens[0])
         for layer in model.layers:
-            hidden = layer(hidden, towered.rope)
+            hidden = every_token(cast(Layer, layer), hidden, rope, run.layout)
         hidden = model.norm(hidden)  # (1, l, h)
     if "folded SkipCA" in steps:
         rewards: Tensor = branch(EndState(hidden[:, -1], tokens))

@@ -1,20 +1,23 @@
 """What the language models of transformers have in common here: built without storage, run up to the end token.
 
-Letters: b: samples, l: padded length, h: hidden size, n: image tokens of one sample.
+Letters: b: sequences, l: their padded length, h: hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn import functional as F
 
 from model.errors import ConfigError
+from model.llava_reward.backbones import layers
+from model.llava_reward.backbones.layers import Layout, Rope
+from model.llava_reward.backbones.rope import apply_rope
 
 # Of the LLaMA-style layers in transformers; biases among them are never changed by LoRA.
 PROJECTIONS: Mapping[str, tuple[str, ...]] = {
@@ -26,9 +29,14 @@ PROJECTIONS: Mapping[str, tuple[str, ...]] = {
 def build_config(path: Path, config_class: Any, values: Mapping[str, Any]) -> Any:
     """A configuration object of transformers from parsed JSON; ``ConfigError`` names ``path`` and what is wrong."""
     try:
-        return config_class.from_dict(dict(values))
+        config = config_class.from_dict(dict(values))
     except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    text = config.text_config
+    has_window = getattr(text, "sliding_window", None) is not None
+    if has_window and "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"]):
+        raise ConfigError(f"{path}: sliding_window={text.sliding_window} is not supported, only full attention")
+    return config
 
 
 def rebuild_rope(module: Any) -> None:
@@ -39,16 +47,6 @@ def rebuild_rope(module: Any) -> None:
     name = "rotary_emb" if hasattr(module, "rotary_emb") else "rotary_pos_emb"
     with torch.device("cpu"):
         setattr(module, name, type(getattr(module, name))(module.config))
-
-
-def pad_ids(samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Ids padded on the right, ``(b, l)``, and the index of each end token, ``(b,)``.
-
-    Causal attention alone keeps real tokens from seeing padding on their right, so no mask is needed, and a
-    sample's numbers do not depend on its neighbours.
-    """
-    last = torch.tensor([len(ids) - 1 for ids in samples], device=samples[0].device)
-    return pad_sequence(list(samples), batch_first=True), last
 
 
 def embed(embedding: nn.Module, input_ids: Tensor, image_tokens: Tensor) -> Tensor:
@@ -63,9 +61,50 @@ def embed(embedding: nn.Module, input_ids: Tensor, image_tokens: Tensor) -> Tens
     return embedded.masked_scatter(slots, image_tokens.to(embedded.dtype))
 
 
-def end_hidden(language_model: Any, embedded: Tensor, last: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """The end token's hidden state after the final norm, ``(b, l, h)`` to ``(b, h)``; ``lm_head`` is never run."""
-    hidden: Tensor = language_model(
-        inputs_embeds=embedded, position_ids=position_ids, use_cache=False
-    ).last_hidden_state
-    return hidden[torch.arange(len(last), device=last.device), last]
+class Heads:
+    """Attention of a LLaMA-style layer in the steps of ``layers.Attention``."""
+
+    def __init__(self, attention: Any) -> None:
+        self._attention = attention
+
+    def _project(self, name: str, hidden: Tensor) -> Tensor:
+        projected = getattr(self._attention, name)(hidden)
+        heads: Tensor = projected.view(*hidden.shape[:-1], -1, self._attention.head_dim).transpose(1, 2)
+        return heads
+
+    def heads_of(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query_of(hidden, rope), *self.keys_of(hidden, rope)
+
+    def keys_of(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        return apply_rope(self._project("k_proj", hidden), *rope), self._project("v_proj", hidden)
+
+    def query_of(self, hidden: Tensor, rope: Rope) -> Tensor:
+        return apply_rope(self._project("q_proj", hidden), *rope)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        groups = self._attention.num_key_value_groups
+        if groups != 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        out: Tensor = self._attention.o_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class TakenApart:
+    """A decoder layer of transformers as a ``layers.Layer``: its modules, without its way to call them."""
+
+    def __init__(self, layer: Any) -> None:
+        self.input_layernorm: nn.Module = layer.input_layernorm
+        self.self_attn = Heads(layer.self_attn)
+        self.post_attention_layernorm: nn.Module = layer.post_attention_layernorm
+        self.mlp: nn.Module = layer.mlp
+
+
+def end_hidden(language_model: Any, embedded: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
+    """The end tokens' hidden states after the final norm, ``(b, l, h)`` to one row each; ``lm_head`` is never run.
+
+    - position_ids: what the model's rotary positions take, ``(b, l)`` or for qwen ``(3, b, l)``
+    """
+    cosines, sines = language_model.rotary_emb(embedded, position_ids)
+    parts = [TakenApart(layer) for layer in language_model.layers]
+    return layers.end_hidden(parts, language_model.norm, embedded, (cosines[:, None], sines[:, None]), layout)

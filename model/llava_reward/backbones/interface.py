@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
 SampleT = TypeVar("SampleT")
 SharedT = TypeVar("SharedT")
@@ -30,7 +30,7 @@ class EndState:
     """What the head reads.
 
     - hidden: ``(b, h)``, the end token after the final norm
-    - image_tokens: per sample ``(n, h)``, as they entered the language model
+    - image_tokens: per sample ``(n, h)``, as they entered the language model; one tensor for samples of one picture
     """
 
     hidden: Tensor
@@ -73,6 +73,14 @@ class WeightNames:
         return published
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens before a caption. Samples of one picture with equal keys compute them once; ``length`` counts them."""
+
+    length: int
+    key: Hashable
+
+
 class Backbone(ABC, Generic[SampleT, SharedT]):
     """One family with the sizes of one configuration. ``skip_ca`` is None where the family has no SkipCA."""
 
@@ -93,13 +101,33 @@ class Backbone(ABC, Generic[SampleT, SharedT]):
     def sample(self, arrays: Mapping[str, np.ndarray], device: torch.device) -> SampleT:
         """Prepared arrays of one generation to one sample on the device, normalised."""
 
+    def with_picture_of(self, arrays: Mapping[str, np.ndarray], other: SampleT) -> SampleT:
+        """The sample of ``arrays``, known to show the picture of ``other``, which both then hold once.
+
+        Samples made so share whatever does not depend on their captions.
+        """
+        known: Any = other
+        ids = torch.tensor(arrays["input_ids"], device=known.input_ids.device, dtype=torch.long)
+        made: SampleT = replace(known, input_ids=ids)
+        return made
+
+    def prefix_of(self, arrays: Mapping[str, np.ndarray]) -> Prefix:
+        """What captions of one picture have in common, and which of them have it in common."""
+        ids = arrays["input_ids"]
+        length = int((ids < 0).nonzero()[0][-1]) + 1
+        return Prefix(length, (ids[:length].tobytes(), self.rope_form(len(ids))))
+
+    def rope_form(self, length: int) -> Hashable:
+        """Equal for samples of these lengths whose positions are rotated alike."""
+        return None
+
     @abstractmethod
     def share(self, vision: nn.Module, batch: Sequence[SampleT]) -> SharedT:
-        """Everything that all perspectives have in common: the tower runs here, once per image."""
+        """Everything that all perspectives have in common: the tower runs here, once per picture."""
 
     @abstractmethod
     def project(self, model: nn.Module, shared: SharedT) -> Sequence[Tensor]:
-        """Image tokens as they enter the language model, per sample ``(n, h)``.
+        """Image tokens as they enter the language model, per sample ``(n, h)``, one tensor for one picture.
 
         They depend on the projector alone, so perspectives with equal projectors share them.
         """

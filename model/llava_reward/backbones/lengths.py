@@ -1,6 +1,6 @@
 """Which tokens of a right-padded batch are real.
 
-Letters: b: samples, l: padded length, d: any width.
+Letters: b: samples, l: padded length, d: any width, h: hidden size.
 """
 
 from __future__ import annotations
@@ -10,13 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.llava_reward.backbones.layers import Attention
+
 
 @dataclass(frozen=True)
 class Lengths:
-    """Which tokens of right-padded samples are real. ``counts``: ``(b,)`` int64."""
+    """Samples side by side, padded on the right, one end token each. ``counts``: ``(b,)`` int64, real tokens."""
 
     counts: Tensor
     padded: int
+
+    def mix(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causality alone keeps real tokens from seeing padding on their right: no mask is built."""
+        return attention.mix(q, k, v, mask=None)
 
     def pick_last(self, values: Tensor) -> Tensor:
         """The end token's row of ``(b, ..., l, d)`` or ``(1, ..., l, d)``: ``(b, ..., 1, d)``."""

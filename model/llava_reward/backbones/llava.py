@@ -23,6 +23,8 @@ from transformers.models.llava_next.configuration_llava_next import LlavaNextCon
 from model.llava_reward.backbones import decoder
 from model.llava_reward.backbones.clip import ClipTower
 from model.llava_reward.backbones.interface import Backbone, EndState, WeightNames
+from model.llava_reward.backbones.pictures import Pictures
+from model.llava_reward.backbones.prefix import Run, in_order, runs_of
 from model.llava_reward.config import ClipConfig, read_json
 from model.llava_reward.model_config import read_llava_config
 from model.llava_reward.pixels import normalised
@@ -47,13 +49,18 @@ class LlavaSample:
 
 @dataclass(frozen=True)
 class LlavaShared:
-    """A batch after the tower. ``features``: ``(tiles of all samples, p*p, w)``; ``tiles``: per sample."""
+    """A batch after the tower.
 
-    input_ids: Tensor
+    - features: ``(tiles of all pictures, p*p, w)``; tiles, image_sizes: per picture
+    - pictures: which of them each sample shows
+    - runs: what goes through the language model at once
+    """
+
     features: Tensor
     tiles: Sequence[int]
     image_sizes: Sequence[tuple[int, int]]
-    last: Tensor
+    pictures: Pictures
+    runs: Sequence[Run]
 
 
 class LlavaBackbone(Backbone[LlavaSample, LlavaShared]):
@@ -99,10 +106,12 @@ class LlavaBackbone(Backbone[LlavaSample, LlavaShared]):
         return LlavaSample(ids, tiles, (height, width))
 
     def share(self, vision: nn.Module, batch: Sequence[LlavaSample]) -> LlavaShared:
-        features = vision(torch.cat([item.tiles for item in batch])).flatten(1, 2)
-        input_ids, last = decoder.pad_ids([item.input_ids for item in batch])
-        sizes = [item.image_size for item in batch]
-        return LlavaShared(input_ids, features, [len(item.tiles) for item in batch], sizes, last)
+        pictures = Pictures.of([item.tiles for item in batch])
+        shown = pictures.once(batch)
+        features = vision(torch.cat([item.tiles for item in shown])).flatten(1, 2)
+        runs = runs_of([item.input_ids for item in batch], pictures)
+        sizes = [item.image_size for item in shown]
+        return LlavaShared(features, [len(item.tiles) for item in shown], sizes, pictures, runs)
 
     def project(self, model: nn.Module, shared: LlavaShared) -> Sequence[Tensor]:
         llava = cast(Any, model)
@@ -110,12 +119,15 @@ class LlavaBackbone(Backbone[LlavaSample, LlavaShared]):
         # Drops the patches that only show padding, and ends every row with the learned separator, which no adapter
         # stores or changes.
         tokens, _ = llava.pack_image_features(projected, shared.image_sizes, "default", llava.image_newline)
-        return cast(Sequence[Tensor], tokens)
+        return shared.pictures.each(tokens)
 
     def end_state(self, model: nn.Module, shared: LlavaShared, image_tokens: Sequence[Tensor]) -> EndState:
-        llava = cast(Any, model)
-        embedded = decoder.embed(llava.language_model.embed_tokens, shared.input_ids, torch.cat(list(image_tokens)))
-        return EndState(decoder.end_hidden(llava.language_model, embedded, shared.last), image_tokens)
+        language_model, parts = cast(Any, model).language_model, []
+        for run in shared.runs:
+            shown = torch.cat([image_tokens[row] for row in run.shown])
+            embedded = decoder.embed(language_model.embed_tokens, run.input_ids, shown)
+            parts.append(decoder.end_hidden(language_model, embedded, run.positions, run.layout))
+        return EndState(in_order(shared.runs, parts), image_tokens)
 
 
 def read_backbone(folder: Path) -> LlavaBackbone:

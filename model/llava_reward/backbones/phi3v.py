@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
-from model.llava_reward.backbones.clip import ClipTower
 from model.llava_reward.backbones.interface import Backbone, EndState, SkipCaForm, WeightNames
-from model.llava_reward.backbones.lengths import Lengths
+from model.llava_reward.backbones.layers import Layer, Layout, Rope, end_hidden
+from model.llava_reward.backbones.phi3v_vision import VisionEncoder
+from model.llava_reward.backbones.pictures import Pictures
+from model.llava_reward.backbones.prefix import Run, in_order, runs_of
 from model.llava_reward.backbones.rms_norm import RmsNorm
 from model.llava_reward.backbones.rope import apply_rope, rope_tables
 from model.llava_reward.config import ClipConfig, Phi3VConfig, read_clip_config, read_phi3v_config
@@ -28,58 +29,6 @@ from model.llava_reward.pixels import crops_from_pixels
 
 if TYPE_CHECKING:
     import numpy as np
-
-
-class VisionTowerHolder(nn.Module):
-    """Gives the tower its published place, ``img_processor.vision_model``."""
-
-    def __init__(self, config: ClipConfig) -> None:
-        super().__init__()
-        self.vision_model = ClipTower(config)
-
-
-class VisionEncoder(nn.Module):
-    """Crops to merged tokens with their separators. Frozen in every published recipe, so all perspectives share it."""
-
-    def __init__(self, config: ClipConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.img_processor = VisionTowerHolder(config)
-        merged = 4 * config.hidden_size
-        self.glb_GN = nn.Parameter(torch.empty(1, 1, merged))
-        self.sub_GN = nn.Parameter(torch.empty(1, 1, 1, merged))
-
-    def forward(self, crops: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """One sequence of merged tokens per picture.
-
-        - crops: per picture ``(1 + a*g, 3, c, c)``, global view first; no padding crops
-        - grids: per picture ``(a, g)``
-        - returns: per picture ``(n, 4w)``
-        """
-        features = self.img_processor.vision_model(torch.cat(list(crops)))
-        pieces = torch.split(merge_patches(features), [len(c) for c in crops])
-        return [self._assemble(cells, grid) for cells, grid in zip(pieces, grids, strict=True)]
-
-    def _assemble(self, cells: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``sub_glb`` order: crops as one picture, separator, global view."""
-        whole = self._with_row_ends(cells[:1], (1, 1))
-        parts = self._with_row_ends(cells[1:], grid)
-        return torch.cat((parts, self.glb_GN[0], whole))
-
-    def _with_row_ends(self, cells: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``(a*g, m, m, 4w)`` laid out as a picture, a row end after each row: ``(a*m * (g*m + 1), 4w)``."""
-        (rows, columns), side = grid, cells.shape[1]
-        picture = cells.reshape(rows, columns, side, side, -1).transpose(1, 2).reshape(rows * side, columns * side, -1)
-        row_ends = self.sub_GN[0].expand(rows * side, 1, -1)
-        return torch.cat((picture, row_ends), dim=1).flatten(0, 1)
-
-
-def merge_patches(features: Tensor) -> Tensor:
-    """Join 2x2 patches, row by row within each: ``(k, 2m, 2m, w)`` to ``(k, m, m, 4w)``."""
-    crops, side, _, width = features.shape
-    half = side // 2
-    blocks = features.reshape(crops, half, 2, half, 2, width).permute(0, 1, 3, 2, 4, 5)
-    return blocks.reshape(crops, half, half, 4 * width)
 
 
 class ImageProjector(nn.Module):
@@ -99,10 +48,7 @@ class ImageProjector(nn.Module):
 
 
 class Phi3Attention(nn.Module):
-    """Causal self-attention with rotary positions.
-
-    Samples are padded on the right, so causality alone keeps real tokens from seeing padding: no mask is built.
-    """
+    """Causal self-attention with rotary positions, in the steps of ``layers.Attention``."""
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
@@ -115,33 +61,32 @@ class Phi3Attention(nn.Module):
     def _heads(self, values: Tensor, heads: int) -> Tensor:
         return values.view(*values.shape[:-1], heads, self.head_dim).transpose(1, 2)
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def heads_of(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values by head, positions applied: each ``(b, heads, l, d)``."""
+        widths = (self.o_proj.in_features, self.key_value_width, self.key_value_width)
+        q, k, v = self.qkv_proj(hidden).split(widths, dim=-1)
+        k, v = self._heads(k, self.num_key_value_heads), self._heads(v, self.num_key_value_heads)
+        return apply_rope(self._heads(q, self.num_heads), *rope), apply_rope(k, *rope), v
+
+    def keys_of(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Keys and values alone, as ``heads_of`` gives them."""
+        k, v = F.linear(hidden, self.qkv_proj.weight[self.o_proj.in_features :]).chunk(2, dim=-1)
+        k, v = self._heads(k, self.num_key_value_heads), self._heads(v, self.num_key_value_heads)
+        return apply_rope(k, *rope), v
+
+    def query_of(self, hidden: Tensor, rope: Rope) -> Tensor:
+        """Queries alone, as ``heads_of`` gives them."""
+        q = F.linear(hidden, self.qkv_proj.weight[: self.o_proj.in_features])
+        return apply_rope(self._heads(q, self.num_heads), *rope)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention and its output projection, ``(b, l, h)``; causal where no mask is given."""
         if self.num_key_value_heads != self.num_heads:
             repeats = self.num_heads // self.num_key_value_heads
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
-
-    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Every position: ``(b, l, h)`` to ``(b, l, h)``."""
-        widths = (self.o_proj.in_features, self.key_value_width, self.key_value_width)
-        q, k, v = self.qkv_proj(hidden).split(widths, dim=-1)
-        q, k, v = (
-            self._heads(q, self.num_heads),
-            self._heads(k, self.num_key_value_heads),
-            self._heads(v, self.num_key_value_heads),
-        )
-        return self._mix(apply_rope(q, *rope), apply_rope(k, *rope), v, mask=None)
-
-    def forward_last(self, hidden: Tensor, rope: tuple[Tensor, Tensor], lengths: Lengths) -> Tensor:
-        """Only the end token asks, every real token answers: ``(b, l, h)`` to ``(b, 1, h)``."""
-        weight, width = self.qkv_proj.weight, self.o_proj.in_features
-        q = self._heads(F.linear(lengths.pick_last(hidden), weight[:width]), self.num_heads)
-        k, v = F.linear(hidden, weight[width:]).chunk(2, dim=-1)
-        k, v = self._heads(k, self.num_key_value_heads), self._heads(v, self.num_key_value_heads)
-        q = apply_rope(q, lengths.pick_last(rope[0]), lengths.pick_last(rope[1]))
-        return self._mix(q, apply_rope(k, *rope), v, mask=lengths.key_mask())
 
 
 class Phi3Mlp(nn.Module):
@@ -159,7 +104,7 @@ class Phi3Mlp(nn.Module):
 
 
 class Phi3Layer(nn.Module):
-    """Pre-norm decoder layer."""
+    """Pre-norm decoder layer; ``layers.py`` runs it."""
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
@@ -167,19 +112,6 @@ class Phi3Layer(nn.Module):
         self.self_attn = Phi3Attention(config)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Phi3Mlp(config)
-
-    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """``(b, l, h)`` to ``(b, l, h)``."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope)
-        out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return out
-
-    def forward_last(self, hidden: Tensor, rope: tuple[Tensor, Tensor], lengths: Lengths) -> Tensor:
-        """``(b, l, h)`` to the end tokens' ``(b, 1, h)``."""
-        mixed = self.self_attn.forward_last(self.input_layernorm(hidden), rope, lengths)
-        end = lengths.pick_last(hidden) + mixed
-        out: Tensor = end + self.mlp(self.post_attention_layernorm(end))
-        return out
 
 
 class Phi3VModel(nn.Module):
@@ -203,13 +135,9 @@ class Phi3VModel(nn.Module):
         slots = (input_ids < 0).unsqueeze(-1).expand_as(embedded)
         return embedded.masked_scatter(slots, image_tokens.to(embedded.dtype))
 
-    def end_hidden(self, embedded: Tensor, rope: tuple[Tensor, Tensor], lengths: Lengths) -> Tensor:
-        """Hidden state of the end token after the final norm: ``(b, l, h)`` to ``(b, h)``."""
-        for layer in self.layers[:-1]:
-            embedded = layer(embedded, rope)
-        last = cast(Phi3Layer, self.layers[-1])
-        hidden: Tensor = self.norm(last.forward_last(embedded, rope, lengths))
-        return hidden.squeeze(1)
+    def end_hidden(self, embedded: Tensor, rope: Rope, layout: Layout) -> Tensor:
+        """Hidden states of the end tokens after the final norm: ``(b, l, h)`` to one row of ``h`` each."""
+        return end_hidden(cast(Sequence[Layer], self.layers), self.norm, embedded, rope, layout)
 
 
 @dataclass(frozen=True)
@@ -228,12 +156,15 @@ class Phi3VSample:
 
 @dataclass(frozen=True)
 class Phi3VShared:
-    """A batch after the tower. ``merged``: per sample ``(n, 4w)``; ``input_ids``: ``(b, l)``, padded on the right."""
+    """A batch after the tower.
 
-    input_ids: Tensor
+    - merged: per picture ``(n, 4w)``; pictures: which of them each sample shows
+    - runs: what goes through the language model at once, and the rotary tables of each
+    """
+
     merged: Sequence[Tensor]
-    rope: tuple[Tensor, Tensor]
-    lengths: Lengths
+    pictures: Pictures
+    runs: Sequence[tuple[Run, Rope]]
 
 
 class Phi3VBackbone(Backbone[Phi3VSample, Phi3VShared]):
@@ -272,22 +203,29 @@ class Phi3VBackbone(Backbone[Phi3VSample, Phi3VShared]):
         grid = (pixels.shape[0] // side, pixels.shape[1] // side)
         return Phi3VSample(ids, crops_from_pixels(pixels[None], side)[0], grid)
 
+    def rope_form(self, length: int) -> bool:
+        """The rotary factors are others for long samples."""
+        return length > self.config.rope.original_max_positions
+
     def share(self, vision: nn.Module, batch: Sequence[Phi3VSample]) -> Phi3VShared:
-        """The tower runs on real crops only."""
-        merged = vision([item.crops for item in batch], [item.grid for item in batch])
-        input_ids = pad_sequence([item.input_ids for item in batch], batch_first=True)
-        counts = torch.tensor([len(item.input_ids) for item in batch], device=input_ids.device)
-        lengths = Lengths(counts, input_ids.shape[1])
-        return Phi3VShared(input_ids, merged, rope_tables(counts, lengths.padded, self.config.rope), lengths)
+        """The tower runs on real crops only, and once per picture."""
+        pictures = Pictures.of([item.crops for item in batch])
+        shown = pictures.once(batch)
+        merged = vision([item.crops for item in shown], [item.grid for item in shown])
+        runs = runs_of([item.input_ids for item in batch], pictures, self.rope_form)
+        tables = [rope_tables(run.lengths, run.positions, self.config.rope) for run in runs]
+        return Phi3VShared(merged, pictures, list(zip(runs, tables, strict=True)))
 
     def project(self, model: nn.Module, shared: Phi3VShared) -> Sequence[Tensor]:
         projected = cast(Phi3VModel, model).vision_embed_tokens(torch.cat(list(shared.merged)))
-        return cast(Sequence[Tensor], projected.split([len(m) for m in shared.merged]))
+        return shared.pictures.each(projected.split([len(merged) for merged in shared.merged]))
 
     def end_state(self, model: nn.Module, shared: Phi3VShared, image_tokens: Sequence[Tensor]) -> EndState:
-        phi = cast(Phi3VModel, model)
-        embedded = phi.embed(shared.input_ids, torch.cat(list(image_tokens)))
-        return EndState(phi.end_hidden(embedded, shared.rope, shared.lengths), image_tokens)
+        phi, parts = cast(Phi3VModel, model), []
+        for run, rope in shared.runs:
+            embedded = phi.embed(run.input_ids, torch.cat([image_tokens[row] for row in run.shown]))
+            parts.append(phi.end_hidden(embedded, rope, run.layout))
+        return EndState(in_order([run for run, _ in shared.runs], parts), image_tokens)
 
 
 def read_backbone(folder: Path) -> Phi3VBackbone:

@@ -19,6 +19,8 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLCo
 
 from model.llava_reward.backbones import decoder
 from model.llava_reward.backbones.interface import Backbone, EndState, SkipCaForm, WeightNames
+from model.llava_reward.backbones.pictures import Pictures
+from model.llava_reward.backbones.prefix import Run, in_order, runs_of
 from model.llava_reward.config import read_json
 from model.llava_reward.model_config import QWEN_RELEASED_KEYS, read_qwen_config
 from model.llava_reward.pixels import patches_from_pixels
@@ -45,15 +47,15 @@ class QwenSample:
 class QwenShared:
     """A batch after the tower.
 
-    - features: ``(p of all samples, w)``, blocks of 2x2 together; counts: image tokens per sample
-    - position_ids: ``(3, b, l)``; last: ``(b,)``, index of the end token
+    - features: ``(p of all pictures, w)``, blocks of 2x2 together; counts: image tokens per picture
+    - pictures: which of them each sample shows
+    - runs: what goes through the language model at once, and the position ids of each, ``(3, b, l)``
     """
 
-    input_ids: Tensor
     features: Tensor
     counts: Sequence[int]
-    position_ids: Tensor
-    last: Tensor
+    pictures: Pictures
+    runs: Sequence[tuple[Run, Tensor]]
 
 
 class BlocksOnly(nn.Module):
@@ -147,30 +149,40 @@ class QwenBackbone(Backbone[QwenSample, QwenShared]):
 
     def share(self, vision: nn.Module, batch: Sequence[QwenSample]) -> QwenShared:
         """The tower keeps images apart by their grids, so one call takes all of them."""
-        device = batch[0].input_ids.device
-        grids = torch.tensor([(1, *item.grid) for item in batch], device=device)
-        patches = torch.cat([item.patches for item in batch])
+        pictures = Pictures.of([item.patches for item in batch])
+        shown = pictures.once(batch)
+        grids = torch.tensor([(1, *item.grid) for item in shown], device=batch[0].input_ids.device)
+        patches = torch.cat([item.patches for item in shown])
         merged = vision(patches.to(next(vision.parameters()).dtype), grid_thw=grids).pooler_output  # (n, 4w)
-        input_ids, last = decoder.pad_ids([item.input_ids for item in batch])
-        positions = torch.zeros(3, *input_ids.shape, dtype=torch.long, device=device)
-        counts = []
-        for i, item in enumerate(batch):
-            rows, columns = item.grid[0] // self.merge_size, item.grid[1] // self.merge_size
-            positions[:, i, : len(item.input_ids)] = mrope_positions(item.input_ids, rows, columns)
-            counts.append(rows * columns)
-        return QwenShared(
-            input_ids, merged.reshape(-1, merged.shape[-1] // self.merge_size**2), counts, positions, last
-        )
+        features = merged.reshape(-1, merged.shape[-1] // self.merge_size**2)
+        counts = [item.grid[0] * item.grid[1] // self.merge_size**2 for item in shown]
+        runs = runs_of([item.input_ids for item in batch], pictures)
+        return QwenShared(features, counts, pictures, [(run, self._position_ids(run, batch)) for run in runs])
+
+    def _position_ids(self, run: Run, batch: Sequence[QwenSample]) -> Tensor:
+        """``(3, b, l)``. The first sample of a run stands for all that follow its tokens with captions of their own."""
+        every = []
+        for row in run.shown:
+            rows, columns = (side // self.merge_size for side in batch[row].grid)
+            own = mrope_positions(batch[row].input_ids, rows, columns)  # (3, length)
+            # Behind the image all three count on, however long the caption.
+            offset = own[:, -1:] - (len(batch[row].input_ids) - 1)
+            behind = run.positions + offset  # (3, l)
+            known = run.positions[0].clamp(max=own.shape[1] - 1)
+            every.append(torch.where(run.positions < own.shape[1], own[:, known], behind))
+        return torch.stack(every, dim=1)
 
     def project(self, model: nn.Module, shared: QwenShared) -> Sequence[Tensor]:
         projected = cast(QwenModel, model).visual["merger"](shared.features)
-        return cast(Sequence[Tensor], projected.split(list(shared.counts)))
+        return shared.pictures.each(projected.split(list(shared.counts)))
 
     def end_state(self, model: nn.Module, shared: QwenShared, image_tokens: Sequence[Tensor]) -> EndState:
-        qwen = cast(QwenModel, model)
-        embedded = decoder.embed(qwen.language_model.embed_tokens, shared.input_ids, torch.cat(list(image_tokens)))
-        end = decoder.end_hidden(qwen.language_model, embedded, shared.last, shared.position_ids)
-        return EndState(end, image_tokens)
+        language_model, parts = cast(QwenModel, model).language_model, []
+        for run, position_ids in shared.runs:
+            shown = torch.cat([image_tokens[row] for row in run.shown])
+            embedded = decoder.embed(language_model.embed_tokens, run.input_ids, shown)
+            parts.append(decoder.end_hidden(language_model, embedded, position_ids, run.layout))
+        return EndState(in_order([run for run, _ in shared.runs], parts), image_tokens)
 
 
 def read_backbone(folder: Path, *, skip_ca_keys: str = QWEN_RELEASED_KEYS) -> QwenBackbone:

@@ -12,13 +12,13 @@ from torch import Tensor
 from model.llava_reward.config import RopeConfig
 
 
-def rope_tables(lengths: Tensor, padded_length: int, config: RopeConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for right-padded samples whose positions count from 0.
+def rope_tables(lengths: Tensor, positions: Tensor, config: RopeConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the positions that tokens have in their own samples.
 
     The factor list (short or long) follows each sample's own length, never the padded one: a reward must not
     depend on its neighbours in the batch.
 
-    - lengths: ``(b,)`` int
+    - lengths: ``(b,)`` int; positions: ``(1, l)`` int, counted from 0
     - returns: two of ``(b, 1, l, d)`` float32, scaled by the attention scale
     """
     device = lengths.device
@@ -28,8 +28,7 @@ def rope_tables(lengths: Tensor, padded_length: int, config: RopeConfig) -> tupl
         factors = torch.tensor([config.short_factor, config.long_factor], dtype=torch.float32, device=device)
         is_long = (lengths > config.original_max_positions).long()
         frequencies = 1.0 / (factors[is_long] * config.theta**exponents)
-    positions = torch.arange(padded_length, dtype=torch.float32, device=device)
-    angles = frequencies[:, None, :] * positions[None, :, None]  # (b, l, d/2)
+    angles = frequencies[:, None, :] * positions.float()[..., None]  # (b, l, d/2)
     angles = torch.cat((angles, angles), dim=-1)[:, None]  # (b, 1, l, d)
     return angles.cos() * config.attention_scale, angles.sin() * config.attention_scale
 

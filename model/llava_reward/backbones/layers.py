@@ -1,0 +1,90 @@
+"""Decoder layers run for a reward: every token through all but the last, whose only readers are the end tokens.
+
+Knows no family: a layer is norms, an MLP, and attention that can be taken apart.
+
+Letters: b: sequences, l: their length, d: head dimension, h: hidden size, m: end tokens of one sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+Rope = tuple[Tensor, Tensor]  # cosines and sines, (b, 1, l, d)
+
+
+class Attention(Protocol):
+    """Self-attention in its steps. Hidden states are ``(b, l, h)``, queries, keys and values ``(b, heads, l, d)``."""
+
+    def heads_of(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values by head, positions applied."""
+        ...
+
+    def keys_of(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Keys and values alone."""
+        ...
+
+    def query_of(self, hidden: Tensor, rope: Rope) -> Tensor:
+        """Queries alone."""
+        ...
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention and its output projection, ``(b, l, h)``; causal where no mask is given."""
+        ...
+
+
+class Layer(Protocol):
+    """A pre-norm decoder layer, named as in the published files."""
+
+    @property
+    def input_layernorm(self) -> nn.Module: ...
+    @property
+    def self_attn(self) -> Attention: ...
+    @property
+    def post_attention_layernorm(self) -> nn.Module: ...
+    @property
+    def mlp(self) -> nn.Module: ...
+
+
+class Layout(Protocol):
+    """Which token sees which, and where the end tokens are."""
+
+    def mix(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of all tokens: ``(b, l, h)``."""
+        ...
+
+    def pick_last(self, values: Tensor) -> Tensor:
+        """The rows of the end tokens: ``(b, ..., l, d)`` to ``(b, ..., m, d)``."""
+        ...
+
+    def key_mask(self) -> Tensor:
+        """Bool, true where an end token sees a token; broadcasts to ``(b, heads, m, l)``."""
+        ...
+
+
+def every_token(layer: Layer, hidden: Tensor, rope: Rope, layout: Layout) -> Tensor:
+    """``(b, l, h)`` to ``(b, l, h)``."""
+    q, k, v = layer.self_attn.heads_of(layer.input_layernorm(hidden), rope)
+    hidden = hidden + layout.mix(layer.self_attn, q, k, v)
+    out: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return out
+
+
+def end_tokens(layer: Layer, hidden: Tensor, rope: Rope, layout: Layout) -> Tensor:
+    """Only the end tokens ask, every token answers: ``(b, l, h)`` to ``(b, m, h)``."""
+    normed = layer.input_layernorm(hidden)
+    q = layer.self_attn.query_of(layout.pick_last(normed), (layout.pick_last(rope[0]), layout.pick_last(rope[1])))
+    k, v = layer.self_attn.keys_of(normed, rope)
+    end = layout.pick_last(hidden) + layer.self_attn.mix(q, k, v, mask=layout.key_mask())
+    out: Tensor = end + layer.mlp(layer.post_attention_layernorm(end))
+    return out
+
+
+def end_hidden(layers: Sequence[Layer], norm: nn.Module, embedded: Tensor, rope: Rope, layout: Layout) -> Tensor:
+    """Hidden states of all end tokens after the final norm: ``(b, l, h)`` to ``(b * m, h)``."""
+    for layer in layers[:-1]:
+        embedded = every_token(layer, embedded, rope, layout)
+    hidden: Tensor = norm(end_tokens(layers[-1], embedded, rope, layout))
+    return hidden.flatten(0, 1)

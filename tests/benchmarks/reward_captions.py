@@ -1,0 +1,91 @@
+"""Captions per second of one picture (phi3v): what they share computed once, against every caption by itself.
+
+``python -m tests.benchmarks.reward_captions [--scale cpu|full] [--device cpu|cuda] [--size 1024x1024]``
+``[--captions 1,8,32] [--apart 4] [--perspectives 4] [--batch 1] [--rounds 5] [--threads 2]``
+
+Random weights as in ``reward_speed``, preprocessing left out. Both ways are the network itself: with the prefix, all
+captions are one pass whose samples hold one picture; without, each holds a copy, in passes of ``--batch`` samples.
+Of the latter at most ``--apart`` are run: each costs the same, so they give the rate of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from typing import Any
+
+import torch
+
+from model.llava_reward.backbones.phi3v import Phi3VSample
+from model.llava_reward.backbones.prefix import tokens_before
+from model.perspectives import Perspective
+from tests.benchmarks.reward_models import SCALES, Built, build, make_sample
+from tests.benchmarks.reward_speed import interleaved, largest_difference, ours
+
+
+def captions_of(sample: Phi3VSample, count: int, vocabulary: int) -> list[Phi3VSample]:
+    """Samples of one picture with other text of equal length behind it."""
+    before, generator = tokens_before(sample.input_ids), torch.Generator().manual_seed(1)
+    length = len(sample.input_ids) - before
+    texts = torch.randint(vocabulary, (count, length), generator=generator).to(sample.input_ids.device)
+    return [dataclasses.replace(sample, input_ids=torch.cat((sample.input_ids[:before], text))) for text in texts]
+
+
+def compare(built: Built, sample: Phi3VSample, count: int, perspectives: list[Perspective], args: Any) -> None:
+    """Both ways side by side for ``count`` captions."""
+    device = torch.device(args.device)
+    together = captions_of(sample, count, built.scale.config.vocab_size)
+    apart = [dataclasses.replace(item, crops=item.crops.clone()) for item in together[: args.apart]]
+    ways = (
+        lambda: ours(built, together, perspectives, count),
+        lambda: ours(built, apart, perspectives, args.batch),
+    )
+    joined, single = (way() for way in ways)  # also the warm-up
+    difference = largest_difference({p: values[: len(apart)] for p, values in joined.items()}, single)
+    seconds = interleaved(device, ways, args.rounds)
+    rates = [[n / s for s in way] for n, way in zip((count, len(apart)), seconds, strict=True)]
+    ratios = [a / b for a, b in zip(*rates, strict=True)]
+    medians = [statistics.median(way) for way in rates]
+    print(
+        f"{count:>3} captions: with prefix {medians[0]:.3f} captions/s, without {medians[1]:.3f}; ratio: median "
+        f"{statistics.median(ratios):.2f} of {', '.join(f'{r:.2f}' for r in ratios)}; "
+        f"largest reward difference {difference:.1e}",
+        flush=True,
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", default="1024x1024", help="WIDTHxHEIGHT of the picture")
+    parser.add_argument("--captions", default="1,8,32", help="how many, each number by itself")
+    parser.add_argument("--apart", type=int, default=4, help="most captions of a round without the prefix")
+    parser.add_argument("--perspectives", type=int, default=len(Perspective))
+    parser.add_argument("--batch", type=int, default=1, help="samples of a pass without the prefix")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+@torch.inference_mode()
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    device, perspectives = torch.device(args.device), list(Perspective)[: args.perspectives]
+    width, height = map(int, args.size.split("x"))
+    built = build(SCALES[args.scale], perspectives, device)
+    sample = make_sample(built, width, height, device, 0)
+    before = tokens_before(sample.input_ids)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{args.threads} CPU threads"
+    print(f"{args.scale} scale, {built.scale.dtype}, {where}, torch {torch.__version__}")
+    print(
+        f"{args.size}: {before} tokens before a caption of {len(sample.input_ids) - before}; {len(perspectives)} heads"
+    )
+    for count in map(int, args.captions.split(",")):
+        compare(built, sample, count, perspectives, args)
+
+
+if __name__ == "__main__":
+    main()
