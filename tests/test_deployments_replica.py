@@ -104,6 +104,7 @@ def test_identity_says_what_decides_a_reward(use: Callable[..., Any]) -> None:
         "dtype": "float32",
         "is_trained": False,
         "licence": "Apache-2.0",
+        "placement": "no weights",
         "heads": {p.value: {"tau": 1.0, "is_general_preference": False, "training": None} for p in PERSPECTIVES},
         "vector_perspectives": [],
         "code_version": code_version(),

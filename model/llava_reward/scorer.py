@@ -14,6 +14,7 @@ import torch
 
 from model.errors import ConfigError, ErrorCode, Stage
 from model.golden import check_golden
+from model.llava_reward.adapter_form import choose_form
 from model.llava_reward.bundle import read_bundle, read_heads, read_identity
 from model.llava_reward.checkpoint import load_network
 from model.llava_reward.processor import LlavaRewardPreprocessor
@@ -35,7 +36,13 @@ class LlavaRewardScorer:
     """Scores generations from the perspectives of one bundle. One thread at a time may call ``forward``."""
 
     def __init__(
-        self, folder: Path, *, device: str = "cpu", dtype: str = "float32", max_batch_tokens: int | None = None
+        self,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        adapters: str = "auto",
+        max_batch_tokens: int | None = None,
     ) -> None:
         bundle = read_bundle(folder)
         self._folder = folder
@@ -46,6 +53,8 @@ class LlavaRewardScorer:
         self.preprocessing_hash = self._preprocessor.preprocessing_hash
         # Before the network is built: it compares the files with their hashes.
         self.identity = read_identity(folder, dtype=dtype, preprocessing_hash=self.preprocessing_hash)
+        form = choose_form(bundle, adapters, device=self._device, dtype=getattr(torch, dtype))
+        self.placement = form.reason
         self._network = load_network(
             bundle.backbone,
             bundle.adapters,
@@ -53,6 +62,7 @@ class LlavaRewardScorer:
             dtype=getattr(torch, dtype),
             family=bundle.family,
             skip_ca_keys=bundle.skip_ca_keys,
+            is_low_rank=form.is_low_rank,
         )
         self.perspectives: tuple[Perspective, ...] = bundle.perspectives
         self.heads: Mapping[Perspective, Head] = read_heads(bundle, self.identity)
@@ -74,7 +84,9 @@ class LlavaRewardScorer:
             if item.error is not None:
                 outputs[index] = RawOutput(item.generation_id, image=item.image, error=item.error)
         scorable = [i for i in range(len(batch)) if i not in outputs]
-        for indices in self._passes(scorable, batch):
+        # One language model takes all perspectives at once, so that each sample stands in the pass that often.
+        times = max(1, len(wanted)) if self._network.is_low_rank else 1
+        for indices in self._passes(scorable, batch, times):
             for index, values in zip(indices, self._run([batch[i] for i in indices], wanted), strict=True):
                 outputs[index] = _output(batch[index], values)
         return [outputs[index] for index in range(len(batch))]
@@ -107,12 +119,15 @@ class LlavaRewardScorer:
             )
         return wanted
 
-    def _passes(self, indices: Sequence[int], batch: Sequence[Prepared]) -> list[list[int]]:
-        """Group samples of similar length; rows times longest row stays within ``max_batch_tokens``."""
+    def _passes(self, indices: Sequence[int], batch: Sequence[Prepared], times: int = 1) -> list[list[int]]:
+        """Group samples of similar length; rows times longest row stays within ``max_batch_tokens``.
+
+        - times: rows of each sample
+        """
         length = {i: len(batch[i].arrays["input_ids"]) for i in indices}
         passes: list[list[int]] = []
         for index in sorted(indices, key=length.__getitem__, reverse=True):  # the first of a pass is its longest
-            if passes and (len(passes[-1]) + 1) * length[passes[-1][0]] <= self._max_batch_tokens:
+            if passes and times * (len(passes[-1]) + 1) * length[passes[-1][0]] <= self._max_batch_tokens:
                 passes[-1].append(index)
             else:
                 passes.append([index])
@@ -148,6 +163,6 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def load_scorer(folder: Path, *, device: str, dtype: str) -> LlavaRewardScorer:
+def load_scorer(folder: Path, *, device: str, dtype: str, adapters: str) -> LlavaRewardScorer:
     """The scorer of the bundle in ``folder``."""
-    return LlavaRewardScorer(folder, device=device, dtype=dtype)
+    return LlavaRewardScorer(folder, device=device, dtype=dtype, adapters=adapters)

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model.llava_reward.backbones.interface import Backbone, EndState, SkipCaForm, WeightNames
 from model.llava_reward.backbones.lengths import Lengths
+from model.llava_reward.backbones.output_rows import output_rows
 from model.llava_reward.backbones.phi3v_vision import VisionEncoder
 from model.llava_reward.backbones.prefix import caption_groups, end_hidden_behind, tokens_before
 from model.llava_reward.backbones.rms_norm import RmsNorm
@@ -73,7 +74,8 @@ class Phi3Attention(nn.Module):
 
     def keys_of(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values alone, as ``heads_of`` gives them."""
-        k, v = F.linear(hidden, self.qkv_proj.weight[self.o_proj.in_features :]).chunk(2, dim=-1)
+        start = self.o_proj.in_features
+        k, v = output_rows(self.qkv_proj, hidden, start, start + 2 * self.key_value_width).chunk(2, dim=-1)
         k, v = self._heads(k, self.num_key_value_heads), self._heads(v, self.num_key_value_heads)
         return apply_rope(k, *rope), v
 
@@ -92,9 +94,8 @@ class Phi3Attention(nn.Module):
 
     def forward_last(self, hidden: Tensor, rope: tuple[Tensor, Tensor], lengths: Lengths) -> Tensor:
         """Only the end token asks, every real token answers: ``(b, l, h)`` to ``(b, 1, h)``."""
-        weight = self.qkv_proj.weight[: self.o_proj.in_features]
-        q = self._heads(F.linear(lengths.pick_last(hidden), weight), self.num_heads)
-        q = apply_rope(q, lengths.pick_last(rope[0]), lengths.pick_last(rope[1]))
+        q = output_rows(self.qkv_proj, lengths.pick_last(hidden), 0, self.o_proj.in_features)
+        q = apply_rope(self._heads(q, self.num_heads), lengths.pick_last(rope[0]), lengths.pick_last(rope[1]))
         return self.mix(q, *self.keys_of(hidden, rope), mask=lengths.key_mask())
 
 
@@ -186,7 +187,8 @@ class Phi3VShared:
 
     - input_ids: ``(b, l)``, padded on the right
     - merged: per sample ``(n, 4w)``; one tensor for all samples of one picture
-    - groups: rows of one picture, whose tokens up to the image's last are computed once
+    - groups: rows of one picture, whose tokens up to the image's last are computed once a perspective
+    - times: perspectives that the batch is stacked for; each group holds its rows of one behind those of the other
     """
 
     input_ids: Tensor
@@ -194,6 +196,7 @@ class Phi3VShared:
     rope: tuple[Tensor, Tensor]
     lengths: Lengths
     groups: Sequence[Sequence[int]] = ()
+    times: int = 1
 
 
 class Phi3VBackbone(Backbone[Phi3VSample, Phi3VShared]):
@@ -258,9 +261,20 @@ class Phi3VBackbone(Backbone[Phi3VSample, Phi3VShared]):
         pieces = dict(zip(distinct, projected.split([len(m) for m in distinct.values()]), strict=True))
         return [pieces[id(merged)] for merged in shared.merged]
 
+    def stack(self, shared: Phi3VShared, times: int) -> Phi3VShared:
+        count = len(shared.input_ids)
+        return Phi3VShared(
+            shared.input_ids.repeat(times, 1),
+            [*shared.merged] * times,
+            (shared.rope[0].repeat(times, 1, 1, 1), shared.rope[1].repeat(times, 1, 1, 1)),
+            Lengths(shared.lengths.counts.repeat(times), shared.lengths.padded),
+            [[row + count * i for i in range(times) for row in rows] for rows in shared.groups],
+            times,
+        )
+
     def end_state(self, model: nn.Module, shared: Phi3VShared, image_tokens: Sequence[Tensor]) -> EndState:
         phi = cast(Phi3VModel, model)
-        many = [list(rows) for rows in shared.groups if len(rows) > 1]
+        many = [list(rows) for rows in shared.groups if len(rows) > shared.times]
         grouped = {row for rows in many for row in rows}
         alone = [row for row in range(len(image_tokens)) if row not in grouped]
         parts = [_end_alone(phi, shared, image_tokens, alone)] if alone else []
@@ -279,8 +293,8 @@ def _end_alone(phi: Phi3VModel, shared: Phi3VShared, image_tokens: Sequence[Tens
 def _end_together(phi: Phi3VModel, shared: Phi3VShared, image_tokens: Sequence[Tensor], rows: list[int]) -> Tensor:
     """End tokens of several captions of one picture."""
     first, ids = rows[:1], shared.input_ids[rows]
-    split = tokens_before(ids[0])
-    before = phi.embed(ids[:1, :split], image_tokens[rows[0]])
+    split, step = tokens_before(ids[0]), len(rows) // shared.times  # step: captions
+    before = phi.embed(ids[::step, :split], torch.cat([image_tokens[row] for row in rows[::step]]))
     behind = cast(Tensor, phi.embed_tokens(ids[:, split:]))
     rope = (shared.rope[0][first], shared.rope[1][first])
     return end_hidden_behind(phi, before, behind, rope, shared.lengths.counts[rows] - split)

@@ -51,7 +51,8 @@ def caption_groups(ids: Sequence[Tensor], pictures: Sequence[Hashable], original
 def end_hidden_behind(model: Phi3VModel, before: Tensor, behind: Tensor, rope: Rope, counts: Tensor) -> Tensor:
     """Hidden states of the end tokens after the final norm, ``(m, h)``, as if each caption stood alone.
 
-    - before: ``(1, p, h)`` embedded, the same for all captions; behind: ``(m, s, h)``, padded on the right
+    - before: ``(t, p, h)`` embedded, the same for all captions, of each of ``t`` perspectives
+    - behind: ``(m, s, h)``, padded on the right; the captions of one perspective behind those of the other
     - rope: cosines and sines of all ``p + s`` positions, ``(1, 1, p + s, d)``
     - counts: ``(m,)`` real tokens of each row of ``behind``
     """
@@ -95,5 +96,6 @@ def _last(layer: Phi3Layer, before: Tensor, behind: Tensor, ropes: tuple[Rope, R
 
 
 def _joined(shared: Tensor, own: Tensor) -> Tensor:
-    """``(1, heads, p, d)`` in front of each of ``(m, heads, s, d)``."""
-    return torch.cat((shared.expand(len(own), -1, -1, -1), own), dim=2)
+    """``(t, heads, p, d)`` in front of each of ``(m, heads, s, d)``, each in front of ``m / t`` that follow another."""
+    repeated = shared[:, None].expand(-1, len(own) // len(shared), -1, -1, -1).flatten(0, 1)
+    return torch.cat((repeated, own), dim=2)

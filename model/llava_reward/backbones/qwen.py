@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -165,6 +165,14 @@ class QwenBackbone(Backbone[QwenSample, QwenShared]):
     def project(self, model: nn.Module, shared: QwenShared) -> Sequence[Tensor]:
         projected = cast(QwenModel, model).visual["merger"](shared.features)
         return cast(Sequence[Tensor], projected.split(list(shared.counts)))
+
+    def stack(self, shared: QwenShared, times: int) -> QwenShared:
+        return replace(
+            shared,
+            input_ids=shared.input_ids.repeat(times, 1),
+            position_ids=shared.position_ids.repeat(1, times, 1),
+            last=shared.last.repeat(times),
+        )
 
     def end_state(self, model: nn.Module, shared: QwenShared, image_tokens: Sequence[Tensor]) -> EndState:
         qwen = cast(QwenModel, model)
