@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -106,19 +107,38 @@ def compare(built: Built, args: Any) -> None:
     perspectives = list(built.unmerged)
     networks = {"merged": built.network, "low-rank": low_rank(built)}
     ways = [_way(network, samples, perspectives) for network in networks.values()]
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    peaks = [peak_bytes(device, way) - before for way in ways]  # also the warm-up
-    difference = largest_difference(ways[0](), ways[1]())
-    merged_s, low_rank_s = interleaved(device, ways, args.rounds)
-    for name, seconds, peak in zip(networks, (merged_s, low_rank_s), peaks, strict=True):
-        rate = len(samples) / statistics.median(seconds)
-        weights = held_bytes(networks[name]) / _GIB
-        beside = f", a pass takes {peak / _GIB:.2f} GiB more" if device.type == "cuda" else ""
-        print(f"{name}: {rate:.3f} images/s, weights {weights:.3f} GiB{beside}")
-    ratios = [m / low for m, low in zip(merged_s, low_rank_s, strict=True)]
+    difference = largest_difference(ways[0](), ways[1]())  # also the warm-up
+    print(f"largest reward difference: {difference:.2e}", flush=True)
+    seconds = _seconds(device, ways, args.rounds)
+    for name, way, own in zip(networks, ways, seconds, strict=True):
+        weights, each_s = held_bytes(networks[name]) / _GIB, statistics.median(own) / len(samples)
+        print(f"{name}: {each_s:.3f} s an image, weights {weights:.3f} GiB{_pass(way, device)}")
+    ratios = [m / low for m, low in zip(*seconds, strict=True)]
     shown = ", ".join(f"{r:.3f}" for r in ratios)
     print(f"low-rank is {statistics.median(ratios):.3f} times as fast as merged; pairs {shown}")
-    print(f"largest reward difference: {difference:.2e}")
+
+
+def _seconds(device: torch.device, ways: Sequence[Callable[[], Rewards]], rounds: int) -> list[list[float]]:
+    """By way and round: on a GPU by the clock, on a CPU processor seconds, which other work on it moves less."""
+    if device.type == "cuda":
+        return interleaved(device, ways, rounds)
+    seconds: list[list[float]] = [[] for _ in ways]
+    for number in range(rounds):
+        order = list(enumerate(ways))
+        for index, run in order if number % 2 == 0 else reversed(order):
+            start = time.process_time()
+            run()
+            seconds[index].append(time.process_time() - start)
+        print(f"round {number + 1}: {', '.join(f'{own[-1]:.2f} s' for own in seconds)}", flush=True)
+    return seconds
+
+
+def _pass(way: Callable[[], Rewards], device: torch.device) -> str:
+    """What a pass takes beside the weights, where that can be told."""
+    if device.type != "cuda":
+        return ""
+    before = torch.cuda.memory_allocated(device)
+    return f", a pass takes {(peak_bytes(device, way) - before) / _GIB:.2f} GiB more"
 
 
 def _way(network: RewardNetwork, samples: list[Any], perspectives: list[Perspective]) -> Callable[[], Rewards]:
