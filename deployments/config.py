@@ -5,7 +5,7 @@ Unknown keys are refused here, because Ray accepts misspelt ones at every level 
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -83,6 +83,8 @@ class ServeArgs(_Strict):
     policy: str
     device: str = "cpu"
     dtype: str = "float32"
+    # Memory: LoRA merged into a language model per perspective where that fits, else beside a shared one.
+    adapters: Literal["auto", "merged", "low_rank"] = "auto"
     replica: ReplicaArgs = ReplicaArgs()
     batching: BatchingArgs = BatchingArgs()
     ingress: IngressArgs = IngressArgs()

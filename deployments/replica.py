@@ -8,6 +8,7 @@ start with a policy made for another checkpoint.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from model.policy_file import load_policy
 from model.prepared_bytes import unpack_arrays
 from model.schema import Generation, ScoreRecord
 from model.scorer import Prepared, RawOutput, Scorer, load, resolve
+
+logger = logging.getLogger("ray.serve")
 
 
 class Item(TypedDict):
@@ -56,8 +59,11 @@ class Replica:
         settings = ServeArgs.model_validate(args)
         _limit_torch_threads(settings.replica.torch_threads)
         checkpoint = find_checkpoint(settings.checkpoint)
-        self._scorer: Scorer = load(checkpoint, device=settings.device, dtype=settings.dtype)
+        self._scorer: Scorer = load(
+            checkpoint, device=settings.device, dtype=settings.dtype, adapters=settings.adapters
+        )
         identity = self._scorer.identity
+        logger.info("%s on %s in %s, LoRA %s", identity.name, settings.device, identity.dtype, self._scorer.placement)
         check_applies(load_policy(in_project(settings.policy)), identity.checkpoints, identity.vector_perspectives)
         self._scorer.check_golden()
         self._golden_failure: Exception | None = None
@@ -68,6 +74,7 @@ class Replica:
             "dtype": identity.dtype,
             "is_trained": identity.is_trained,
             "licence": identity.licence,
+            "placement": self._scorer.placement,
             "heads": head_facts(self._scorer.heads),
             "vector_perspectives": [str(perspective) for perspective in identity.vector_perspectives],
             "code_version": code_version(),

@@ -77,6 +77,8 @@ class JobConfig(BaseModel):
     pool_labels: dict[str, str] = Field(default_factory=dict)
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    # Memory: LoRA merged into a language model per perspective where that fits, else beside a shared one.
+    adapters: Literal["auto", "merged", "low_rank"] = "auto"
     # The first rows of a night decide whether it is an outage; fewer than the minimum decide nothing.
     outage_window_rows: int = Field(default=1_000, gt=0)
     outage_min_rows: int = Field(default=20, gt=0)

@@ -31,6 +31,7 @@ class FakeScorer:
 
     def __init__(self, perspectives: Sequence[Perspective] = PERSPECTIVES, *, batch_delay_s: float = 0.0) -> None:
         self.perspectives: tuple[Perspective, ...] = tuple(perspectives)
+        self.placement = "no weights"
         self.preprocessing_hash = hashlib.sha256(_NAME.encode()).hexdigest()
         self._batch_delay_s = batch_delay_s
         self.identity = ScorerIdentity(

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 # Checkpoints that ship with the code, by name.
 SHIPPED = Path(__file__).parent / "checkpoints"
 DTYPES = ("float32", "bfloat16")
+# How several perspectives' LoRA adapters lie in memory: each merged into a language model of its own, kept low-rank
+# beside a shared one, or whichever the free memory of the device allows when it loads.
+ADAPTERS = ("auto", "merged", "low_rank")
 
 # system in scorer.json -> package with the modules ``scorer`` and ``processor``
 _SYSTEMS = {"llava_reward": "model.llava_reward"}
@@ -38,6 +41,9 @@ _SYSTEMS = {"llava_reward": "model.llava_reward"}
 @dataclass(frozen=True)
 class ScorerIdentity:
     """What decides a reward. Two scorers with equal identities give equal rewards (1e-5 in float32).
+
+    How the weights lie in memory (``ADAPTERS``) is no part of it: it changes the order of rounding, as another batch
+    or device does, and a job that only reads files cannot know what a replica found room for.
 
     ``checkpoints``: perspective -> ``id@sha256:hash`` over all weights which that reward depends on.
     ``preprocessing_hash``: over everything that decides pixels and tokens.
@@ -83,9 +89,10 @@ class Preprocessor(Protocol):
 
 
 class Scorer(Preprocessor, Protocol):
-    """A reward model behind three steps."""
+    """A reward model behind three steps. ``placement``: how its weights lie in memory and why, in one line."""
 
     identity: ScorerIdentity
+    placement: str
     perspectives: tuple[Perspective, ...]
     heads: Mapping[Perspective, Head]
 
@@ -112,14 +119,17 @@ class Scorer(Preprocessor, Protocol):
         ...
 
 
-def load(name_or_path: str | Path, *, device: str = "cpu", dtype: str = "float32") -> Scorer:
+def load(name_or_path: str | Path, *, device: str = "cpu", dtype: str = "float32", adapters: str = "auto") -> Scorer:
     """Load a shipped checkpoint by name, or any checkpoint folder by path, ``s3://`` URI or pinned hub name.
 
-    - device: a torch device such as ``cpu`` or ``cuda:0``; dtype: one of ``DTYPES``
+    - device: a torch device such as ``cpu`` or ``cuda:0``; dtype: one of ``DTYPES``; adapters: one of ``ADAPTERS``
     - raises: ``ConfigError`` in one line that names the value and the remedy; ``TransientError`` if S3 or the hub fails
     """
     folder = resolve(name_or_path)
-    scorer: Scorer = _system(folder, "scorer").load_scorer(folder, device=device, dtype=_checked_dtype(dtype))
+    if adapters not in ADAPTERS:
+        raise ConfigError(f"adapters={adapters!r} is not known, expected one of {list(ADAPTERS)}")
+    system = _system(folder, "scorer")
+    scorer: Scorer = system.load_scorer(folder, device=device, dtype=_checked_dtype(dtype), adapters=adapters)
     return scorer
 
 

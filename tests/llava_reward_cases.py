@@ -85,7 +85,9 @@ def _llava(tensors: dict[str, Tensor], ids: list[Tensor]) -> list[Any]:
     return [LlavaSample(i, p[:n], (h, w)) for i, p, n, (h, w) in rows]
 
 
-def read_network(folder: Path, family: str, variant: Path, skip_ca_keys: str | None = None) -> RewardNetwork:
+def read_network(
+    folder: Path, family: str, variant: Path, skip_ca_keys: str | None = None, is_low_rank: bool = False
+) -> RewardNetwork:
     return load_network(
         folder / "backbone",
         {ANY: variant / "adapter"},
@@ -93,6 +95,7 @@ def read_network(folder: Path, family: str, variant: Path, skip_ca_keys: str | N
         dtype=torch.float32,
         family=family,
         skip_ca_keys=skip_ca_keys,
+        is_low_rank=is_low_rank,
     )
 
 
@@ -101,11 +104,14 @@ def rewards(network: RewardNetwork, batch: list[Any]) -> Tensor:
     return network(batch, [ANY])[ANY]
 
 
-def check_rewards(folder: Path, family: str, variant: Path, skip_ca_keys: str | None = None) -> None:
+def check_rewards(
+    folder: Path, family: str, variant: Path, skip_ca_keys: str | None = None, is_low_rank: bool = False
+) -> None:
     """Each sample alone, and all of them in one batch, against the reference's single-sample rewards."""
     wanted = "reward_single" if skip_ca_keys != "image_tokens" else "reward_single_keys_are_image_tokens"
     expected = torch.tensor(expected_of(variant)[wanted])
-    network, inputs = read_network(folder, family, variant, skip_ca_keys), read_inputs(folder, family)
+    network = read_network(folder, family, variant, skip_ca_keys, is_low_rank)
+    inputs = read_inputs(folder, family)
     assert len(inputs) == len(expected)
     alone = torch.cat([rewards(network, [item]) for item in inputs])
     torch.testing.assert_close(alone, expected, atol=TOLERANCE, rtol=0)

@@ -9,6 +9,7 @@ import torch
 
 from model.llava_reward.config import ClipConfig
 from model.perspectives import Perspective
+from tests.benchmarks.adapter_forms import held_bytes, low_rank
 from tests.benchmarks.reward_flops import flops_ours, flops_straightforward
 from tests.benchmarks.reward_models import SCALES, STEPS, Built, build, make_sample, rewards_by_steps
 from tests.benchmarks.reward_speed import largest_difference, one_by_one, ours
@@ -72,3 +73,12 @@ def test_a_step_less_changes_the_work(built: Built) -> None:
     rewards_by_steps(built, sample, WANTED, STEPS)
     hook.remove()
     assert seen == [17] * 4 + [13]
+
+
+@torch.inference_mode()
+def test_both_forms_of_adapters_give_the_same_rewards(built: Built) -> None:
+    samples = [make_sample(built, *size, CPU, seed) for seed, size in enumerate([(64, 64), (90, 60)])]
+    beside = low_rank(built)
+    assert beside.is_low_rank
+    assert largest_difference(built.network(samples, WANTED), beside(samples, WANTED)) <= BATCH_TOLERANCE
+    assert held_bytes(beside) < held_bytes(built.network)

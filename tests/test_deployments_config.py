@@ -90,6 +90,7 @@ def test_serve_yaml_is_what_the_code_expects() -> None:
         ({"batching": {"max_queued_items": 8}}, "a full request could never be accepted"),
         ({"dtype": "float8"}, "dtype"),
         ({"dtype": "float16"}, "dtype"),
+        ({"adapters": "both"}, "adapters"),
         ({"checkpoint": None}, "checkpoint"),
     ],
 )

@@ -104,12 +104,30 @@ def test_identity_says_what_decides_a_reward(use: Callable[..., Any]) -> None:
         "dtype": "float32",
         "is_trained": False,
         "licence": "Apache-2.0",
+        "placement": "no weights",
         "heads": {p.value: {"tau": 1.0, "is_general_preference": False, "training": None} for p in PERSPECTIVES},
         "vector_perspectives": [],
         "code_version": code_version(),
         "facts": facts_of(FakeScorer()),
         "has_golden": False,
     }
+
+
+def test_it_loads_what_is_set_and_says_how_the_weights_lie(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: dict[str, object] = {}
+    monkeypatch.setattr("deployments.replica.load", lambda *args, **options: asked.update(options) or FakeScorer())
+    monkeypatch.setattr("deployments.replica.resolve", lambda name: tmp_path)
+    policy = policy_file(tmp_path, dict(FakeScorer().identity.checkpoints))
+
+    async def start() -> None:
+        Replica(replica_args(policy, adapters="low_rank"))
+
+    with caplog.at_level("INFO", "ray.serve"):
+        asyncio.run(start())
+    assert asked == {"device": "cpu", "dtype": "float32", "adapters": "low_rank"}
+    assert "fake on cpu in float32, LoRA no weights" in caplog.messages
 
 
 def test_policy_for_another_checkpoint_stops_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

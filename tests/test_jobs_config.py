@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from jobs.backends import ScoringPlan
 from jobs.config import parse_arguments
 from jobs.progress import OutageRule, Progress
 from model.errors import ConfigError
@@ -19,6 +20,17 @@ def test_flags_win_over_the_file_and_maps_are_merged(tmp_path):
     assert (config.column_of("prompt"), config.column_of("image_uri"), config.column_of("generator")) == (
         "text", "url", "generator",
     )  # fmt: skip
+
+
+def test_the_form_of_adapters_reaches_the_pool(tmp_path):
+    path = tmp_path / "job.yaml"
+    for text, expected in (("adapters: low_rank", "low_rank"), ("via: pool", "auto")):
+        path.write_text(text)
+        config = parse_arguments([*REQUIRED, "--config", str(path)])
+        assert ScoringPlan.of(config, "pool", {}).adapters == expected
+    path.write_text("adapters: both")
+    with pytest.raises(ConfigError, match=r"adapters: .*got 'both'"):
+        parse_arguments([*REQUIRED, "--config", str(path)])
 
 
 def test_the_shipped_defaults_are_valid():

@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model.llava_reward.checkpoint import load_network
 from model.llava_reward.config import read_head_config
 from model.llava_reward.heads import preference_probability
+from model.perspectives import Perspective
 from tests.golden_cases import DEFAULT_ROOT, golden_root, read_json, require_cases
 from tests.llava_reward_cases import (
     ANY,
@@ -44,13 +46,15 @@ class Case:
     family: str
     variant: Path
     skip_ca_keys: str | None = None
+    is_low_rank: bool = False
 
     def __str__(self) -> str:
-        return "-".join(filter(None, (self.folder.name, self.variant.name, self.skip_ca_keys)))
+        form = "low_rank" if self.is_low_rank else None
+        return "-".join(filter(None, (self.folder.name, self.variant.name, self.skip_ca_keys, form)))
 
     @property
-    def path(self) -> tuple[Path, str, Path, str | None]:
-        return self.folder, self.family, self.variant, self.skip_ca_keys
+    def path(self) -> tuple[Path, str, Path, str | None, bool]:
+        return self.folder, self.family, self.variant, self.skip_ca_keys, self.is_low_rank
 
 
 def _cases() -> list[Case]:
@@ -61,7 +65,9 @@ def _cases() -> list[Case]:
         for variant in variants_of(folder):
             two = family == "qwen" and has_skip_ca(variant)
             cases += [
-                Case(folder, family, variant, keys) for keys in (("released", "image_tokens") if two else (None,))
+                Case(folder, family, variant, keys, is_low_rank)
+                for keys in (("released", "image_tokens") if two else (None,))
+                for is_low_rank in (False, True)
             ]
     return cases
 
@@ -105,12 +111,35 @@ def test_hidden_states_of_the_end_token_equal_the_reference(case: Case) -> None:
         assert [len(item.input_ids) for item in inputs] == expected["lengths"]
     branch = network.branch(ANY)
     shared = network.backbone.share(network.vision, inputs)
-    end = network.backbone.end_state(branch.model, shared, network.backbone.project(branch.model, shared))
+    tokens = network.backbone.project(branch.model, shared)
+    ends = network._ends_together if case.is_low_rank else network._ends_apart
+    ((_, end),) = ends(shared, [ANY], [tokens])
     pairs = [(HIDDEN, end.hidden)]
     if case.skip_ca_keys != "image_tokens":  # the head's input was stored for the released keys
         pairs.append(("eos_head_input_single", branch.head_input(end)))
     for name, got in pairs:
         torch.testing.assert_close(got, torch.tensor(expected[name]), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("is_low_rank", [False, True])
+@pytest.mark.parametrize("folder", family_folders(), ids=lambda folder: folder.name)
+@torch.inference_mode()
+def test_adapters_in_one_network_equal_the_reference(folder: Path, is_low_rank: bool) -> None:
+    variants = dict(zip(Perspective, variants_of(folder), strict=False))  # as many as there are perspectives
+    family = family_of(folder)
+    assert family is not None
+    network = load_network(
+        folder / "backbone",
+        {p: variant / "adapter" for p, variant in variants.items()},
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        family=family,
+        is_low_rank=is_low_rank,
+    )
+    got = network(read_inputs(folder, family), list(variants))
+    for perspective, variant in variants.items():
+        expected = torch.tensor(expected_of(variant)["reward_single"])
+        torch.testing.assert_close(got[perspective], expected, atol=TOLERANCE, rtol=0)
 
 
 # Stored for the released keys.
@@ -191,8 +220,9 @@ WEIGHTS = {
 
 
 def _richest() -> dict[Path, Case]:
-    """Per folder the last case in this order: without SkipCA, with it, with it and keys of its own."""
-    ranked = sorted(CASES, key=lambda case: (has_skip_ca(case.variant), case.skip_ca_keys == "image_tokens"))
+    """Per folder the last merged case in this order: without SkipCA, with it, with it and keys of its own."""
+    merged = (case for case in CASES if not case.is_low_rank)
+    ranked = sorted(merged, key=lambda case: (has_skip_ca(case.variant), case.skip_ca_keys == "image_tokens"))
     return {case.folder: case for case in ranked}
 
 

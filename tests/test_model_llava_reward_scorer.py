@@ -73,7 +73,7 @@ def test_pass_size_does_not_change_rewards(
     prepared = scorer.preprocess(generations[:8])
     small = LlavaRewardScorer(DEMO, max_batch_tokens=max_batch_tokens)
     lengths = [len(item.arrays["input_ids"]) for item in prepared]
-    passes = small._passes({i: i for i in range(len(prepared))}, prepared)
+    passes = small._passes({i: i for i in range(len(prepared))}, prepared, max_batch_tokens)
     assert sorted(i for indices in passes for i in indices) == list(range(len(prepared)))
     for indices in passes:
         assert len(indices) == 1 or len(indices) * max(lengths[i] for i in indices) <= max_batch_tokens

@@ -5,7 +5,6 @@ Every tensor is accounted for: what is missing, left over or of another shape is
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,18 +16,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model.errors import ConfigError
-from model.llava_reward.adapter_file import inside, member_of
+from model.llava_reward.adapter_file import LORA_CONFIG, inside, member_of
 from model.llava_reward.backbones.families import read_backbone
 from model.llava_reward.backbones.interface import Backbone, WeightNames
 from model.llava_reward.bundle import adapter_weights, backbone_weights
-from model.llava_reward.config import LoraConfig, read_head_config, read_lora_config
+from model.llava_reward.config import read_head_config, read_lora_config
+from model.llava_reward.lora import LoraPair, lora_pairs
 from model.llava_reward.model_config import check_head
 from model.llava_reward.network import RewardBranch, RewardNetwork
 from model.perspectives import Perspective
 
 # The released code finds the head's tensors by these endings, whatever stands before them.
 _HEAD_NAMES = ("value_head.weight", "W_q.weight", "W_k.weight", "W_v.weight", "ca_layernorm.weight")
-_LORA_KEY = re.compile(r"(?:base_model\.model\.|module\.)*(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 Tensors = dict[str, Tensor]
 
@@ -45,12 +44,18 @@ class _BaseTensors:
             self._ready[name] = self._stored[name].to(self._device, self._dtype)
         return self._ready[name]
 
-    def merged(self, name: str, delta: Tensor, source: Path) -> Tensor:
-        """The stored tensor plus a LoRA update in float32, rounded once."""
-        found = list(self._stored[name].shape) if name in self._stored else "nothing"
-        if found != list(delta.shape):
-            raise ConfigError(f"{source}: {name} needs {list(delta.shape)}, the backbone has {found}")
-        return (self._stored[name].to(self._device, torch.float32) + delta).to(self._dtype)
+    def check(self, pairs: Mapping[str, LoraPair], source: Path) -> None:
+        """Raises ``ConfigError`` for the first update that has another shape than its weight."""
+        for module, pair in sorted(pairs.items()):
+            name = f"{module}.weight"
+            found = list(self._stored[name].shape) if name in self._stored else "nothing"
+            if found != list(pair.shape):
+                raise ConfigError(f"{source}: {name} needs {list(pair.shape)}, the backbone has {found}")
+
+    def merged(self, module: str, pair: LoraPair) -> Tensor:
+        """The stored weight plus its update in float32, rounded once."""
+        weight = self._stored[f"{module}.weight"].to(self._device, torch.float32)
+        return (weight + pair.delta(self._device)).to(self._dtype)
 
     def names(self) -> set[str]:
         return set(self._stored)
@@ -64,6 +69,7 @@ def load_network(
     dtype: torch.dtype,
     family: str = "phi3v",
     skip_ca_keys: str | None = None,
+    is_low_rank: bool = False,
 ) -> RewardNetwork:
     """Build the network of a backbone and its adapters, in evaluation mode and without gradients.
 
@@ -71,6 +77,7 @@ def load_network(
     many perspectives there are; so do projectors that several adapters store bit by bit alike.
 
     - family, skip_ca_keys: as in ``scorer.json``
+    - is_low_rank: keep LoRA beside one language model instead of merging it into one per perspective
     - raises: ``ConfigError`` naming the file and every tensor that is missing, left over or misshaped
     """
     heads = {p: read_head_config(path / "reward_config.yaml") for p, path in adapters.items()}
@@ -83,13 +90,20 @@ def load_network(
     prefix = built.names.vision
     _fill(vision, _take(tensors, prefix, vision), f"{backbone} (image tower)", device, dtype)
     base = _BaseTensors(tensors, device, dtype)
-    branches = {}
+    branches: dict[Perspective, RewardBranch] = {}
+    beside: dict[Perspective, dict[str, LoraPair]] = {}
     for perspective, path in adapters.items():
         with torch.device("meta"):
             branch = RewardBranch(built, heads[perspective])
-        _fill(branch, _branch_tensors(built, branch, base, path, device), str(path), device, dtype)
+        pairs = _lora(built, base, path)
+        merged = {} if is_low_rank else {f"{m}.weight": base.merged(m, pair) for m, pair in pairs.items()}
+        _fill(branch, _branch_tensors(built, branch, base, path, merged), str(path), device, dtype)
         branches[perspective] = branch
+        if is_low_rank:
+            beside[perspective] = pairs
     network = RewardNetwork(built, vision, branches)
+    if is_low_rank:
+        network.share_language_model(beside)
     network.share_projectors()
     return network.eval().requires_grad_(False)
 
@@ -117,17 +131,20 @@ def _load_backbone(backbone: Path, names: WeightNames) -> Tensors:
     return tensors
 
 
+def _lora(backbone: Backbone[Any, Any], base: _BaseTensors, adapter: Path) -> dict[str, LoraPair]:
+    path = adapter_weights(adapter)[1]
+    pairs = lora_pairs(path, read_tensors(path), read_lora_config(adapter / LORA_CONFIG), backbone)
+    base.check(pairs, path)
+    return pairs
+
+
 def _branch_tensors(
-    backbone: Backbone[Any, Any], branch: RewardBranch, base: _BaseTensors, adapter: Path, device: torch.device
+    backbone: Backbone[Any, Any], branch: RewardBranch, base: _BaseTensors, adapter: Path, merged: Tensors
 ) -> Tensors:
     """Everything of one perspective: the adapter's own tensors, merged weights, and the rest of the backbone."""
-    head_path, lora_path = adapter_weights(adapter)
-    lora = read_lora_config(adapter / "lora" / "adapter_config.json")
     # The stored projector wins over the backbone's.
-    tensors = _head_tensors(head_path, backbone.names.projector, branch.state_dict())
-    for name, delta in _lora_deltas(lora_path, lora, backbone, device).items():
-        tensors[name] = base.merged(name, delta, lora_path)
-    return tensors | {name: base[name] for name in base.names() - set(tensors)}
+    own = _head_tensors(adapter_weights(adapter)[0], backbone.names.projector, branch.state_dict()) | merged
+    return own | {name: base[name] for name in base.names() - set(own)}
 
 
 def _fill(module: nn.Module, tensors: Tensors, source: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -181,50 +198,3 @@ def _head_tensors(path: Path, projector: str, expected: Iterable[str]) -> Tensor
     if unknown:
         raise ConfigError(f"{path}: surplus or repeated tensors {sorted(unknown)}")
     return found
-
-
-def _lora_deltas(path: Path, lora: LoraConfig, backbone: Backbone[Any, Any], device: torch.device) -> Tensors:
-    """``scale * B @ A`` in float32 per weight name."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for key, tensor in read_tensors(path).items():
-        match = _LORA_KEY.fullmatch(key)
-        module = backbone.names.rename(match[1]) if match else ""
-        if match is None or not _is_layer_part(module, backbone.names) or match[2] in pairs.get(module, {}):
-            unknown.append(key)
-        else:
-            pairs.setdefault(module, {})[match[2]] = tensor
-    missing = sorted(
-        f"{module}.lora_{side}.weight"
-        for module in set(_lora_modules(lora.targets, backbone)) | set(pairs)
-        for side in "AB"
-        if side not in pairs.get(module, {})
-    )
-    misshaped = [m for m, p in sorted(pairs.items()) if "A" in p and "B" in p and not _fits(p, lora.rank)]
-    if unknown or missing or misshaped:
-        raise ConfigError(f"{path}: missing {missing}; surplus {sorted(unknown)}; not of rank {lora.rank} {misshaped}")
-    return {
-        f"{module}.weight": lora.scale * (pair["B"].to(device, torch.float32) @ pair["A"].to(device, torch.float32))
-        for module, pair in pairs.items()
-    }
-
-
-def _fits(pair: Mapping[str, Tensor], rank: int) -> bool:
-    a, b = pair["A"], pair["B"]
-    return a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1] == rank
-
-
-def _is_layer_part(module: str, names: WeightNames) -> bool:
-    return re.fullmatch(re.escape(names.layers) + r"\d+\.(?:self_attn|mlp)\.\w+", module) is not None
-
-
-def _lora_modules(targets: Iterable[str], backbone: Backbone[Any, Any]) -> list[str]:
-    """The modules that an adapter must change. Targets are last names or, as qwen and llava have them, whole paths."""
-    names, wanted = backbone.names, {backbone.names.rename(target) for target in targets}
-    modules = [
-        (f"{names.layers}{layer}.{part}.{projection}", projection)
-        for layer in range(backbone.num_layers)
-        for part, projections in names.projections.items()
-        for projection in projections
-    ]
-    return [module for module, last in modules if module in wanted or last in wanted]

@@ -1,5 +1,7 @@
 """The reward network: one image tower, and per perspective a language model, SkipCA and a value head.
 
+LoRA is merged into a language model per perspective, or lies beside the weights of a single one (``low_rank.py``).
+
 Letters: b: samples, k: pictures among them, m: captions of one picture (padded to the most), h: hidden size,
 n: image tokens (padded to the longest), v: values per reward (1 for BT).
 Source: LLaVA-Reward (arXiv 2507.21391), in the form of the released code; rewards equal those of one sample alone.
@@ -8,7 +10,7 @@ Source: LLaVA-Reward (arXiv 2507.21391), in the form of the released code; rewar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,11 +23,13 @@ from model.llava_reward.backbones.interface import Backbone, EndState
 from model.llava_reward.backbones.pictures import Pictures
 from model.llava_reward.backbones.rms_norm import RmsNorm
 from model.llava_reward.config import HeadConfig
+from model.llava_reward.lora import LoraPair
+from model.llava_reward.low_rank import Selection, put_beside
 from model.perspectives import Perspective
 
 
 class RewardBranch(nn.Module):
-    """Everything that belongs to one perspective, LoRA already merged.
+    """Everything that belongs to one perspective; its language model may be that of all, with LoRA beside it.
 
     - raises: ``ConfigError`` where the adapter has SkipCA and the family has none
     """
@@ -86,7 +90,10 @@ class RewardBranch(nn.Module):
 
 
 class RewardNetwork(nn.Module):
-    """All perspectives of one checkpoint bundle. Branches may share one projector module; see ``share_projectors``."""
+    """All perspectives of one checkpoint bundle, each with LoRA merged, until ``share_language_model`` is called.
+
+    Branches may share one projector module; see ``share_projectors``.
+    """
 
     def __init__(
         self, backbone: Backbone[Any, Any], vision: nn.Module, branches: Mapping[Perspective, RewardBranch]
@@ -96,6 +103,12 @@ class RewardNetwork(nn.Module):
         self.vision = vision
         self._projector_path = backbone.names.projector.removesuffix(".")
         self.branches = nn.ModuleDict({str(perspective): branch for perspective, branch in branches.items()})
+        self._selection: Selection | None = None
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether one language model takes all perspectives of a pass at once, so that each sample is in it often."""
+        return self._selection is not None
 
     def branch(self, perspective: Perspective) -> RewardBranch:
         """The part of one perspective."""
@@ -108,15 +121,51 @@ class RewardNetwork(nn.Module):
         - returns: per perspective ``(b, v)``
         """
         shared = self.backbone.share(self.vision, batch)
-        image_tokens: dict[nn.Module, Sequence[Tensor]] = {}  # by projector: once per image, however many share it
-        rewards = {}
+        projected: dict[nn.Module, Sequence[Tensor]] = {}  # by projector: once per image, however many share it
+        image_tokens = []
         for perspective in perspectives:
             branch = self.branch(perspective)
             projector = branch.get_submodule(self._projector_path)
-            if projector not in image_tokens:
-                image_tokens[projector] = self.backbone.project(branch.model, shared)
-            rewards[perspective] = branch(self.backbone.end_state(branch.model, shared, image_tokens[projector]))
-        return rewards
+            if projector not in projected:
+                projected[projector] = self.backbone.project(branch.model, shared)
+            image_tokens.append(projected[projector])
+        ends = self._ends_together if self.is_low_rank else self._ends_apart
+        return {p: self.branch(p)(end) for p, end in ends(shared, perspectives, image_tokens)}
+
+    def _ends_apart(
+        self, shared: Any, perspectives: Sequence[Perspective], image_tokens: Sequence[Sequence[Tensor]]
+    ) -> Iterator[tuple[Perspective, EndState]]:
+        """One language model after the other."""
+        for perspective, own in zip(perspectives, image_tokens, strict=True):
+            yield perspective, self.backbone.end_state(self.branch(perspective).model, shared, own)
+
+    def _ends_together(
+        self, shared: Any, perspectives: Sequence[Perspective], image_tokens: Sequence[Sequence[Tensor]]
+    ) -> Iterator[tuple[Perspective, EndState]]:
+        """All perspectives through one language model, stacked along the batch."""
+        if not perspectives or self._selection is None:
+            return
+        stacked = self.backbone.stack(shared, len(perspectives))
+        with self._selection.of(perspectives):
+            model = self.branch(perspectives[0]).model  # the language model is the same in every branch
+            end = self.backbone.end_state(model, stacked, [token for own in image_tokens for token in own])
+        for perspective, hidden, own in zip(
+            perspectives, end.hidden.chunk(len(perspectives)), image_tokens, strict=True
+        ):
+            yield perspective, EndState(hidden, own)
+
+    def share_language_model(self, adapters: Mapping[Perspective, Mapping[str, LoraPair]]) -> None:
+        """Give all branches the first one's language model, whose weights are those of the backbone, LoRA beside them.
+
+        Projectors, SkipCA and heads stay with their branches.
+
+        - adapters: per perspective, pairs by the module's path in a branch
+        """
+        first, *others = (self.branch(perspective) for perspective in adapters)
+        _, *path = self._projector_path.split(".")
+        for other in others:
+            _adopt(other.model, first.model, path)
+        self._selection = put_beside(first, adapters)
 
     def share_projectors(self) -> None:
         """Give branches whose projectors hold equal tensors one module, for inference: kept and computed once."""
@@ -128,6 +177,17 @@ class RewardNetwork(nn.Module):
                 distinct.append(own)
             else:
                 branch.set_submodule(self._projector_path, found)
+
+
+def _adopt(mine: nn.Module, theirs: nn.Module, kept: Sequence[str]) -> None:
+    """Put everything of ``theirs`` into ``mine``, except for the submodule at the path ``kept``."""
+    for name, parameter in theirs.named_parameters(recurse=False):
+        setattr(mine, name, parameter)
+    for name, child in theirs.named_children():
+        if name != kept[0]:
+            setattr(mine, name, child)
+        elif len(kept) > 1:
+            _adopt(mine.get_submodule(name), child, kept[1:])
 
 
 def _same_tensors(a: nn.Module, b: nn.Module) -> bool:

@@ -15,6 +15,7 @@ import torch
 
 from model.errors import ConfigError, ErrorCode, Stage
 from model.golden import check_golden
+from model.llava_reward.adapter_form import choose_form
 from model.llava_reward.bundle import read_bundle, read_heads, read_identity
 from model.llava_reward.checkpoint import load_network
 from model.llava_reward.passes import IDS, Cost, picture_numbers, plan_passes
@@ -37,7 +38,13 @@ class LlavaRewardScorer:
     """Scores generations from the perspectives of one bundle. One thread at a time may call ``forward``."""
 
     def __init__(
-        self, folder: Path, *, device: str = "cpu", dtype: str = "float32", max_batch_tokens: int | None = None
+        self,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        adapters: str = "auto",
+        max_batch_tokens: int | None = None,
     ) -> None:
         bundle = read_bundle(folder)
         self._folder = folder
@@ -48,6 +55,8 @@ class LlavaRewardScorer:
         self.preprocessing_hash = self._preprocessor.preprocessing_hash
         # Before the network is built: it compares the files with their hashes.
         self.identity = read_identity(folder, dtype=dtype, preprocessing_hash=self.preprocessing_hash)
+        form = choose_form(bundle, adapters, device=self._device, dtype=getattr(torch, dtype))
+        self.placement = form.reason
         self._network = load_network(
             bundle.backbone,
             bundle.adapters,
@@ -55,6 +64,7 @@ class LlavaRewardScorer:
             dtype=getattr(torch, dtype),
             family=bundle.family,
             skip_ca_keys=bundle.skip_ca_keys,
+            is_low_rank=form.is_low_rank,
         )
         self.perspectives: tuple[Perspective, ...] = bundle.perspectives
         self.heads: Mapping[Perspective, Head] = read_heads(bundle, self.identity)
@@ -78,7 +88,11 @@ class LlavaRewardScorer:
         first_of: dict[tuple[int, bytes], int] = {}  # equal generations stand for one another
         stands_in = {i: first_of.setdefault((pictures[i], batch[i].arrays[IDS].tobytes()), i) for i in scorable}
         values: dict[int, dict[Perspective, tuple[float, ...]]] = {}
-        for indices in self._passes({i: pictures[i] for i in first_of.values()}, batch):
+        # One language model takes all perspectives at once, so that each sample stands in the pass that often.
+        times = max(1, len(wanted)) if self._network.is_low_rank else 1
+        for indices in self._passes(
+            {i: pictures[i] for i in first_of.values()}, batch, self._max_batch_tokens // times
+        ):
             rows = self._run([batch[i] for i in indices], [pictures[i] for i in indices], wanted)
             values.update(zip(indices, rows, strict=True))
         return [
@@ -116,13 +130,13 @@ class LlavaRewardScorer:
             )
         return wanted
 
-    def _passes(self, pictures: Mapping[int, int], batch: Sequence[Prepared]) -> list[list[int]]:
+    def _passes(self, pictures: Mapping[int, int], batch: Sequence[Prepared], max_tokens: int) -> list[list[int]]:
         """``pictures``: index into ``batch`` to the number of its picture."""
         costs = {}
         for index, picture in pictures.items():
             prefix = self._network.backbone.prefix_of(batch[index].arrays)
             costs[index] = Cost(len(batch[index].arrays[IDS]), prefix.length, (picture, prefix.key))
-        return plan_passes(costs, self._max_batch_tokens)
+        return plan_passes(costs, max_tokens)
 
     @torch.inference_mode()
     def _run(
@@ -161,6 +175,6 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def load_scorer(folder: Path, *, device: str, dtype: str) -> LlavaRewardScorer:
+def load_scorer(folder: Path, *, device: str, dtype: str, adapters: str) -> LlavaRewardScorer:
     """The scorer of the bundle in ``folder``."""
-    return LlavaRewardScorer(folder, device=device, dtype=dtype)
+    return LlavaRewardScorer(folder, device=device, dtype=dtype, adapters=adapters)

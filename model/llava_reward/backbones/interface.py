@@ -133,5 +133,13 @@ class Backbone(ABC, Generic[SampleT, SharedT]):
         """
 
     @abstractmethod
+    def stack(self, shared: SharedT, times: int) -> SharedT:
+        """The batch ``times`` over, one copy behind the other, for ``end_state`` of as many perspectives at once."""
+
+    @abstractmethod
     def end_state(self, model: nn.Module, shared: SharedT, image_tokens: Sequence[Tensor]) -> EndState:
-        """One perspective's end tokens; each equals that of its sample alone. ``image_tokens``: of ``project``."""
+        """One perspective's end tokens; each equals that of its sample alone.
+
+        - shared: of ``share``, or of ``stack``; then the end tokens of that many perspectives, one behind the other
+        - image_tokens: of ``project``, those of each perspective behind the other
+        """

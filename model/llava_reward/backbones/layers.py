@@ -63,6 +63,10 @@ class Layout(Protocol):
         """Bool, true where an end token sees a token; broadcasts to ``(b, heads, m, l)``."""
         ...
 
+    def stacked(self, times: int) -> Layout:
+        """Of ``times * b`` sequences, where this one is of ``b``: the same ``times`` over."""
+        ...
+
 
 def every_token(layer: Layer, hidden: Tensor, rope: Rope, layout: Layout) -> Tensor:
     """``(b, l, h)`` to ``(b, l, h)``."""

@@ -34,3 +34,7 @@ class Lengths:
         """``(b, 1, 1, l)`` bool, true at real tokens."""
         positions = torch.arange(self.padded, device=self.counts.device)
         return (positions < self.counts[:, None])[:, None, None, :]
+
+    def stacked(self, times: int) -> Lengths:
+        """The samples ``times`` over."""
+        return Lengths(self.counts.repeat(times), self.padded)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -120,6 +120,9 @@ class LlavaBackbone(Backbone[LlavaSample, LlavaShared]):
         # stores or changes.
         tokens, _ = llava.pack_image_features(projected, shared.image_sizes, "default", llava.image_newline)
         return shared.pictures.each(tokens)
+
+    def stack(self, shared: LlavaShared, times: int) -> LlavaShared:
+        return replace(shared, runs=[run.stacked(times, len(shared.pictures.numbers)) for run in shared.runs])
 
     def end_state(self, model: nn.Module, shared: LlavaShared, image_tokens: Sequence[Tensor]) -> EndState:
         language_model, parts = cast(Any, model).language_model, []

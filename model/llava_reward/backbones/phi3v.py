@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from model.llava_reward.backbones.interface import Backbone, EndState, SkipCaForm, WeightNames
 from model.llava_reward.backbones.layers import Layer, Layout, Rope, end_hidden
+from model.llava_reward.backbones.output_rows import output_rows
 from model.llava_reward.backbones.phi3v_vision import VisionEncoder
 from model.llava_reward.backbones.pictures import Pictures
 from model.llava_reward.backbones.prefix import Run, in_order, runs_of
@@ -70,13 +71,14 @@ class Phi3Attention(nn.Module):
 
     def keys_of(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Keys and values alone, as ``heads_of`` gives them."""
-        k, v = F.linear(hidden, self.qkv_proj.weight[self.o_proj.in_features :]).chunk(2, dim=-1)
+        start = self.o_proj.in_features
+        k, v = output_rows(self.qkv_proj, hidden, start, start + 2 * self.key_value_width).chunk(2, dim=-1)
         k, v = self._heads(k, self.num_key_value_heads), self._heads(v, self.num_key_value_heads)
         return apply_rope(k, *rope), v
 
     def query_of(self, hidden: Tensor, rope: Rope) -> Tensor:
         """Queries alone, as ``heads_of`` gives them."""
-        q = F.linear(hidden, self.qkv_proj.weight[: self.o_proj.in_features])
+        q = output_rows(self.qkv_proj, hidden, 0, self.o_proj.in_features)
         return apply_rope(self._heads(q, self.num_heads), *rope)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -219,6 +221,14 @@ class Phi3VBackbone(Backbone[Phi3VSample, Phi3VShared]):
     def project(self, model: nn.Module, shared: Phi3VShared) -> Sequence[Tensor]:
         projected = cast(Phi3VModel, model).vision_embed_tokens(torch.cat(list(shared.merged)))
         return shared.pictures.each(projected.split([len(merged) for merged in shared.merged]))
+
+    def stack(self, shared: Phi3VShared, times: int) -> Phi3VShared:
+        count = len(shared.pictures.numbers)
+        runs = [
+            (run.stacked(times, count), (rope[0].repeat(times, 1, 1, 1), rope[1].repeat(times, 1, 1, 1)))
+            for run, rope in shared.runs
+        ]
+        return replace(shared, runs=runs)
 
     def end_state(self, model: nn.Module, shared: Phi3VShared, image_tokens: Sequence[Tensor]) -> EndState:
         phi, parts = cast(Phi3VModel, model), []

@@ -69,6 +69,10 @@ class Joined:
         """``(m, t)`` bool."""
         return self.own
 
+    def stacked(self, times: int) -> Joined:
+        """It says nothing of single sequences, so it holds for any number of them."""
+        return self
+
 
 @dataclass(frozen=True)
 class Run:
@@ -86,6 +90,17 @@ class Run:
     positions: Tensor
     lengths: Tensor
     layout: Layout
+
+    def stacked(self, times: int, count: int) -> Run:
+        """The same for a batch of ``count`` samples ``times`` over, one copy behind the other."""
+        return Run(
+            [row + count * i for i in range(times) for row in self.rows],
+            [row + count * i for i in range(times) for row in self.shown],
+            self.input_ids.repeat(times, 1),
+            self.positions,
+            self.lengths.repeat(times),
+            self.layout.stacked(times),
+        )
 
 
 def tokens_before(input_ids: Tensor) -> int:

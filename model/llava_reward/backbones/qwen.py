@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -175,6 +175,11 @@ class QwenBackbone(Backbone[QwenSample, QwenShared]):
     def project(self, model: nn.Module, shared: QwenShared) -> Sequence[Tensor]:
         projected = cast(QwenModel, model).visual["merger"](shared.features)
         return shared.pictures.each(projected.split(list(shared.counts)))
+
+    def stack(self, shared: QwenShared, times: int) -> QwenShared:
+        count = len(shared.pictures.numbers)
+        runs = [(run.stacked(times, count), ids.repeat(1, times, 1)) for run, ids in shared.runs]
+        return replace(shared, runs=runs)
 
     def end_state(self, model: nn.Module, shared: QwenShared, image_tokens: Sequence[Tensor]) -> EndState:
         language_model, parts = cast(QwenModel, model).language_model, []
