@@ -56,7 +56,7 @@ class Replica:
         settings = ServeArgs.model_validate(args)
         _limit_torch_threads(settings.replica.torch_threads)
         checkpoint = find_checkpoint(settings.checkpoint)
-        self._scorer: Scorer = load(checkpoint, device=settings.device, dtype=settings.dtype)
+        self._scorer: Scorer = load(checkpoint, device=settings.device, dtype=settings.dtype, mode=settings.mode)
         identity = self._scorer.identity
         check_applies(load_policy(in_project(settings.policy)), identity.checkpoints, identity.vector_perspectives)
         self._scorer.check_golden()
@@ -66,6 +66,7 @@ class Replica:
             "checkpoints": {str(perspective): checkpoint for perspective, checkpoint in identity.checkpoints.items()},
             "preprocessing_hash": identity.preprocessing_hash,
             "dtype": identity.dtype,
+            "mode": identity.mode,
             "is_trained": identity.is_trained,
             "licence": identity.licence,
             "heads": head_facts(self._scorer.heads),
@@ -86,7 +87,7 @@ class Replica:
         )
 
     async def identity(self) -> dict[str, Any]:
-        """What decides this replica's rewards: name, checkpoints, hashes, dtype, licence, code version."""
+        """What decides this replica's rewards: name, checkpoints, hashes, dtype, mode, licence, code version."""
         return self._identity
 
     async def counts(self) -> dict[str, int]:

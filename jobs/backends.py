@@ -56,6 +56,7 @@ class ScoringPlan:
     checkpoint: str
     device: str
     dtype: str
+    mode: str
     facts: dict[str, str]  # model.identity.reward_facts: what the rewards will be stored under
     batch_size: int
     timeout_s: float
@@ -64,7 +65,14 @@ class ScoringPlan:
     def of(cls, config: JobConfig, via: Literal["serve", "pool"], facts: dict[str, str]) -> ScoringPlan:
         """The plan of a run."""
         return cls(
-            via, config.checkpoint, config.device, config.dtype, facts, config.batch_size, config.score_timeout_s
+            via,
+            config.checkpoint,
+            config.device,
+            config.dtype,
+            config.mode,
+            facts,
+            config.batch_size,
+            config.score_timeout_s,
         )
 
     def connect(self) -> Backend:
@@ -78,7 +86,7 @@ class _PoolBackend:
 
         # One thread a replica: more than that and replicas on one machine fight for its cores.
         torch.set_num_threads(1)
-        self._scorer = load(plan.checkpoint, device=plan.device, dtype=plan.dtype)
+        self._scorer = load(plan.checkpoint, device=plan.device, dtype=plan.dtype, mode=plan.mode)
         difference = first_difference(reward_facts(self._scorer.identity, code_version()), plan.facts)
         if difference is not None:
             raise ConfigError(f"this node differs from the driver in {difference}; give all nodes the same files")

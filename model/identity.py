@@ -8,9 +8,10 @@ from model.scorer import ScorerIdentity
 
 
 def reward_facts(identity: ScorerIdentity, code_version: str) -> dict[str, str]:
-    """Name -> value of everything that decides a reward: weights per perspective, preprocessing, dtype, code."""
+    """Name -> value of everything that decides a reward: weights per perspective, preprocessing, dtype, mode, code."""
     facts = {f"checkpoint {perspective}": str(value) for perspective, value in identity.checkpoints.items()}
-    return {**facts, "preprocessing": identity.preprocessing_hash, "dtype": identity.dtype, "code": code_version}
+    facts |= {"preprocessing": identity.preprocessing_hash, "dtype": identity.dtype, "mode": identity.mode}
+    return {**facts, "code": code_version}
 
 
 def first_difference(mine: Mapping[str, str], theirs: Mapping[str, str]) -> str | None:

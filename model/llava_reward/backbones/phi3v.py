@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from model.llava_reward.backbones.clip import ClipTower
 from model.llava_reward.backbones.interface import Backbone, EndState, SkipCaForm, WeightNames
 from model.llava_reward.backbones.lengths import Lengths
+from model.llava_reward.backbones.linear_part import linear_part
 from model.llava_reward.backbones.rms_norm import RmsNorm
 from model.llava_reward.backbones.rope import apply_rope, rope_tables
 from model.llava_reward.config import ClipConfig, Phi3VConfig, read_clip_config, read_phi3v_config
@@ -136,9 +137,9 @@ class Phi3Attention(nn.Module):
 
     def forward_last(self, hidden: Tensor, rope: tuple[Tensor, Tensor], lengths: Lengths) -> Tensor:
         """Only the end token asks, every real token answers: ``(b, l, h)`` to ``(b, 1, h)``."""
-        weight, width = self.qkv_proj.weight, self.o_proj.in_features
-        q = self._heads(F.linear(lengths.pick_last(hidden), weight[:width]), self.num_heads)
-        k, v = F.linear(hidden, weight[width:]).chunk(2, dim=-1)
+        width = self.o_proj.in_features
+        q = self._heads(linear_part(self.qkv_proj, lengths.pick_last(hidden), slice(width)), self.num_heads)
+        k, v = linear_part(self.qkv_proj, hidden, slice(width, None)).chunk(2, dim=-1)
         k, v = self._heads(k, self.num_key_value_heads), self._heads(v, self.num_key_value_heads)
         q = apply_rope(q, lengths.pick_last(rope[0]), lengths.pick_last(rope[1]))
         return self._mix(q, apply_rope(k, *rope), v, mask=lengths.key_mask())
