@@ -219,6 +219,7 @@ def _conclude(result: Parity, say: Callable[[str], None]) -> None:
     bound = result.bound
     sizes = f"{len(result.batch_sizes)} requests of {min(result.batch_sizes)} to {max(result.batch_sizes)} images"
     say(f"compared {result.values} rewards of {result.rows} rows in {sizes}")
-    say(f"largest difference {result.largest:.3g}, bound {bound:g} in {result.dtype}, mode {result.mode}")
+    mode = "" if result.mode == EXACT else f", mode {result.mode}"
+    say(f"largest difference {result.largest:.3g}, bound {bound:g} in {result.dtype}{mode}")
     if result.beyond is not None:
         raise ParityError(f"{result.beyond}: beyond {bound:g}")

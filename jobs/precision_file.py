@@ -79,7 +79,9 @@ def read(folder: Path) -> dict[str, Measured]:
     except FileNotFoundError:
         return {}
     except (OSError, ValidationError) as error:
-        raise ConfigError(f"{path} cannot be used; measure again with assay precision: {error}") from error
+        fault = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": error.strerror}
+        place = ".".join(map(str, fault["loc"]))
+        raise ConfigError(f"{path} cannot be used: {place} {fault['msg']}; remove it and measure again") from error
 
 
 def check_writable(folder: Path) -> None:
