@@ -78,10 +78,12 @@ def read(folder: Path) -> dict[str, Measured]:
         return _File.validate_json(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValidationError) as error:
-        fault = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": error.strerror}
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except ValidationError as error:
+        fault = error.errors()[0]
         place = ".".join(map(str, fault["loc"]))
-        raise ConfigError(f"{path} cannot be used: {place} {fault['msg']}; remove it and measure again") from error
+        raise ConfigError(f"{path} cannot be used: {place}: {fault['msg']}; remove it and measure again") from error
 
 
 def check_writable(folder: Path) -> None:

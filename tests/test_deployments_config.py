@@ -90,6 +90,8 @@ def test_serve_yaml_is_what_the_code_expects() -> None:
         ({"batching": {"max_queued_items": 8}}, "a full request could never be accepted"),
         ({"dtype": "float8"}, "dtype"),
         ({"dtype": "float16"}, "dtype"),
+        ({"mode": "int4"}, "mode='int4' is unknown"),
+        ({"mode": "fp8"}, "set dtype=bfloat16"),
         ({"checkpoint": None}, "checkpoint"),
     ],
 )

@@ -21,7 +21,8 @@ from jobs.cli import main
 from jobs.endpoint import Endpoint
 from jobs.local_processes import free_port
 from jobs.manifest import InputObject, Manifest
-from jobs.parity import ParityError, Replay, replay
+from jobs.parity import Parity, ParityError, Replay, replay
+from jobs.precision_file import Precision
 from jobs.publish import Target, write_content
 from jobs.rejudge import content_fields
 from model.errors import ConfigError, InfrastructureError
@@ -189,6 +190,8 @@ def test_an_endpoint_that_cannot_score_a_scored_row(publish: Any, url: str, imag
     ("fields", "message"),
     [
         ({"preprocessing_hash": "1" * 64}, "the endpoint has another preprocessing: "),
+        ({"precision": Precision(dtype="bfloat16", mode="exact")}, "the endpoint has another dtype: float32"),
+        ({"precision": Precision(dtype="float32", mode="int8")}, "the endpoint has another mode: exact, the night"),
         ({"checkpoints": {"safety": "new@sha256:" + "1" * 64}}, "the endpoint has another checkpoint of safety: fake@"),
     ],
 )
@@ -215,6 +218,11 @@ def test_nothing_to_compare_is_no_success(publish: Any, url: str, images: Path) 
         path.unlink()
     with pytest.raises(ConfigError, match="nothing to compare"):
         replay(job(output, url, images), lambda line: None)
+
+
+def test_modes_that_round_have_the_bound_of_bfloat16() -> None:
+    bounds = [Parity(dtype="float32", mode=mode).bound for mode in ("exact", "few_crops", "int8")]
+    assert bounds == [1e-5, 1e-5, 5e-2]
 
 
 def test_exit_codes(publish: Any, url: str, images: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,6 +43,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def said(demo: Path, images: Path) -> list[str]:
+    """What was printed while int8 was measured for ``demo``."""
+    lines = [*describe(precision_of(demo, read_identity(demo, mode="int8")))]
+    measure(Job(str(demo), "int8", POLICY, images=images, scenes=5), lines.append)
+    return lines
+
+
 def scored(reward: float) -> ScoreRecord:
     return ScoreRecord("g", {P: reward}, {}, None, None)
 
@@ -68,11 +76,9 @@ def test_no_order_and_no_scalar_mean_no_spearman() -> None:
     assert compare([], [], policy()).rows == 0
 
 
-def test_measuring_writes_what_a_run_then_says(demo: Path, images: Path) -> None:
-    said: list[str] = []
-    identity = read_identity(demo, mode="int8")
-    assert "was not measured for this checkpoint" in describe(precision_of(demo, identity))[0]
-    measured = measure(Job(str(demo), "int8", POLICY, images=images, scenes=5), said.append)
+def test_measuring_writes_what_a_run_then_says(demo: Path, said: list[str]) -> None:
+    assert "was not measured for this checkpoint" in said[0]
+    measured = read(demo)["int8"]
     assert {name: (one.rows, one.not_scored) for name, one in measured.sets.items()} == {
         "real images": (3, 1),
         "scenes": (5, 0),
@@ -81,13 +87,18 @@ def test_measuring_writes_what_a_run_then_says(demo: Path, images: Path) -> None
     text = "\n".join(said)
     assert "warning: 3 real images, at least 200 are wanted" in text
     assert "this checkpoint is untrained" in text
-    lines = describe(precision_of(demo, identity))
+    lines = describe(precision_of(demo, read_identity(demo, mode="int8")))
     assert lines[0].startswith("mode int8 in float32: these rewards are not exact; against exact ones, measured ")
     assert any("scenes: 5, which is few (at least 1000 are wanted); least Spearman" in line for line in lines)
-    measure(Job(str(demo), "few_crops", POLICY, scenes=2), said.append)
-    assert set(read(demo)) == {"int8", "few_crops"}
 
 
+def test_modes_are_measured_side_by_side(demo: Path, said: list[str]) -> None:
+    before = read(demo)["int8"]
+    few = measure(Job(str(demo), "few_crops", POLICY, scenes=2), lambda line: None)
+    assert read(demo) == {"int8": before, "few_crops": few}
+
+
+@pytest.mark.usefixtures("said")
 def test_numbers_are_for_one_checkpoint_mode_and_dtype_alone(demo: Path) -> None:
     identity = read_identity(demo, mode="int8")
     assert precision_of(demo, identity).measured is not None
@@ -101,6 +112,7 @@ def test_an_exact_run_says_nothing_and_so_does_an_old_one() -> None:
     assert describe(None) == describe(Precision(dtype="float32", mode="exact")) == []
 
 
+@pytest.mark.usefixtures("said")
 def test_the_report_of_a_run_holds_the_numbers(tmp_path: Path, demo: Path) -> None:
     log = write_parquet(tmp_path / "a.parquet", [{"x": 1}])
     precision = precision_of(demo, read_identity(demo, mode="int8"))

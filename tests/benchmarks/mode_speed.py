@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import statistics
+import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +33,12 @@ def in_mode(built: Built, mode: str) -> Built:
     return dataclasses.replace(built, network=network)
 
 
+def _print_ratio(name: str, mode_s: Sequence[float], exact_s: Sequence[float]) -> None:
+    ratios = [exact / mode for mode, exact in zip(mode_s, exact_s, strict=True)]
+    shown = ", ".join(f"{r:.3f}" for r in ratios)
+    print(f"{name}: median {statistics.median(ratios):.3f} of pairs {shown}")
+
+
 def compare_mode(built: Built, samples: Sequence[Phi3VSample], perspectives: list[Perspective], args: Any) -> None:
     """Exact rewards and those of ``args.mode`` side by side, both in our way."""
     device = torch.device(args.device)
@@ -44,19 +52,22 @@ def compare_mode(built: Built, samples: Sequence[Phi3VSample], perspectives: lis
         tokens = int((fewer[0].input_ids < 0).sum())
         print(f"{args.mode}: {len(fewer[0].crops)} crops, {tokens} image tokens")
 
-    def exact() -> Rewards:
-        return ours(built, samples, perspectives, args.batch)
+    worked_s: tuple[list[float], list[float]] = ([], [])  # processor time: what other work on a machine changes least
 
-    def mode() -> Rewards:
-        return ours(other, fewer, perspectives, args.batch)
+    def way(index: int) -> Rewards:
+        start = time.process_time()
+        rewards = ours(*((other, fewer), (built, samples))[index], perspectives, args.batch)
+        worked_s[index].append(time.process_time() - start)
+        return rewards
 
-    peaks = [peak_bytes(device, way) for way in (mode, exact)]  # also the warm-up
-    mode_s, exact_s = interleaved(device, (mode, exact), args.rounds)
+    ways = (partial(way, 0), partial(way, 1))
+    peaks = [peak_bytes(device, one) for one in ways]  # also the warm-up
+    mode_s, exact_s = interleaved(device, ways, args.rounds)
     rates = [len(samples) / statistics.median(s) for s in (mode_s, exact_s)]
-    ratios = [b / a for a, b in zip(mode_s, exact_s, strict=True)]
     print(f"images/s: {args.mode} {rates[0]:.3f}, exact {rates[1]:.3f}")
-    shown = ", ".join(f"{r:.3f}" for r in ratios)
-    print(f"ratio: median {statistics.median(ratios):.3f} of pairs {shown}")
+    _print_ratio("ratio", mode_s, exact_s)
+    if device.type == "cpu":
+        _print_ratio("ratio of processor time", *(seconds[1:] for seconds in worked_s))
     if args.mode in ROUNDED_MODES:
-        print(f"largest reward difference: {largest_difference(mode(), exact()):.2e}")
+        print(f"largest reward difference: {largest_difference(*(one() for one in ways)):.2e}")
     print(f"peak memory: {args.mode} {peaks[0] / 2**30:.2f} GiB, exact {peaks[1] / 2**30:.2f} GiB, both networks held")
