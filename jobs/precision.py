@@ -169,4 +169,4 @@ def _print(measured: Measured, say: Say) -> None:
         if rows < least:
             say(f"warning: {rows} {name}, at least {least} are wanted: rare changes of verdict may have been missed")
     if not measured.is_trained:
-        say("note: this checkpoint is untrained; the numbers show what rounding does to random weights, nothing more")
+        say("note: this checkpoint is untrained; the numbers say nothing of a trained one")

@@ -117,7 +117,7 @@ def describe(precision: Precision | None) -> list[str]:
     if precision.measured is None:
         return [f"{title}: these rewards are not exact, and how far off was not measured for this checkpoint"]
     measured = precision.measured
-    note = "" if measured.is_trained else "; the checkpoint is untrained, so this shows rounding, not quality"
+    note = "" if measured.is_trained else "; untrained weights, so this says nothing of trained ones"
     head = f"{title}: these rewards are not exact; against exact ones, measured {measured.date} on {measured.device}"
     return [head + note, *(f"  {name}: {summary(name, one)}" for name, one in measured.sets.items())]
 
