@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from model.errors import ConfigError
+from model.modes import EXACT, check_mode
 from model.scorer import DTYPES
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -85,6 +86,7 @@ class ServeArgs(_Strict):
     dtype: str = "float32"
     # Memory: LoRA merged into a language model per perspective where that fits, else beside a shared one.
     adapters: Literal["auto", "merged", "low_rank"] = "auto"
+    mode: str = EXACT  # anything else gives other rewards; see model/modes.py
     replica: ReplicaArgs = ReplicaArgs()
     batching: BatchingArgs = BatchingArgs()
     ingress: IngressArgs = IngressArgs()
@@ -95,6 +97,14 @@ class ServeArgs(_Strict):
         if value not in DTYPES:
             raise ValueError(f"{value!r} is not one of {', '.join(DTYPES)}")
         return value
+
+    @model_validator(mode="after")
+    def _mode_goes_with_dtype(self) -> Self:
+        try:
+            check_mode(self.mode, self.dtype)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
 
     @model_validator(mode="after")
     def _a_full_request_fits_the_queue(self) -> Self:

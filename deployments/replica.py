@@ -60,7 +60,7 @@ class Replica:
         _limit_torch_threads(settings.replica.torch_threads)
         checkpoint = find_checkpoint(settings.checkpoint)
         self._scorer: Scorer = load(
-            checkpoint, device=settings.device, dtype=settings.dtype, adapters=settings.adapters
+            checkpoint, device=settings.device, dtype=settings.dtype, mode=settings.mode, adapters=settings.adapters
         )
         identity = self._scorer.identity
         logger.info("%s on %s in %s, LoRA %s", identity.name, settings.device, identity.dtype, self._scorer.placement)
@@ -72,6 +72,7 @@ class Replica:
             "checkpoints": {str(perspective): checkpoint for perspective, checkpoint in identity.checkpoints.items()},
             "preprocessing_hash": identity.preprocessing_hash,
             "dtype": identity.dtype,
+            "mode": identity.mode,
             "is_trained": identity.is_trained,
             "licence": identity.licence,
             "placement": self._scorer.placement,
@@ -93,7 +94,7 @@ class Replica:
         )
 
     async def identity(self) -> dict[str, Any]:
-        """What decides this replica's rewards: name, checkpoints, hashes, dtype, licence, code version."""
+        """What decides this replica's rewards: name, checkpoints, hashes, dtype, mode, licence, code version."""
         return self._identity
 
     async def counts(self) -> dict[str, int]:

@@ -83,6 +83,7 @@ class ModelFacts(Strict):
     checkpoints: dict[Perspective, str] = Field(description="id@sha256:hash over the weights, per perspective")
     preprocessing_hash: str
     dtype: str
+    mode: str = Field(description="exact, or the name of a faster way with other rewards")
     licence: str
     is_trained: bool = Field(description="false: the rewards mean nothing yet")
 

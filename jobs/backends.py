@@ -56,6 +56,7 @@ class ScoringPlan:
     checkpoint: str
     device: str
     dtype: str
+    mode: str
     adapters: str
     facts: dict[str, str]  # model.identity.reward_facts: what the rewards will be stored under
     batch_size: int
@@ -69,6 +70,7 @@ class ScoringPlan:
             checkpoint=config.checkpoint,
             device=config.device,
             dtype=config.dtype,
+            mode=config.mode,
             adapters=config.adapters,
             facts=facts,
             batch_size=config.batch_size,
@@ -86,7 +88,9 @@ class _PoolBackend:
 
         # One thread a replica: more than that and replicas on one machine fight for its cores.
         torch.set_num_threads(1)
-        self._scorer = load(plan.checkpoint, device=plan.device, dtype=plan.dtype, adapters=plan.adapters)
+        self._scorer = load(
+            plan.checkpoint, device=plan.device, dtype=plan.dtype, mode=plan.mode, adapters=plan.adapters
+        )
         print(f"scorer on {plan.device}: LoRA {self._scorer.placement}", flush=True)  # into this worker's log
         difference = first_difference(reward_facts(self._scorer.identity, code_version()), plan.facts)
         if difference is not None:

@@ -24,6 +24,7 @@ from jobs.score_logs import EXIT_CONFIG, EXIT_INFRASTRUCTURE, EXIT_OK, fail, say
 from jobs.verify import VerificationError, verify_night
 from model.checkpoint_list import list_checkpoints, notes
 from model.errors import ConfigError, InfrastructureError, TransientError
+from model.modes import EXACT, MODES
 from model.policy_file import load_policy
 from model.scorer import resolve, system_of
 
@@ -72,18 +73,40 @@ def _parser() -> argparse.ArgumentParser:
     collected.add_argument("--older-than-days", type=float, default=7.0, metavar="DAYS")
     collected.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     _output(collected, has_date=False)
+    _add_folder_commands(add)
+    _add_replay_and_checkpoints(add)
+    return parser
+
+
+def _add_folder_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     folder = add("log-folder", _log_folder, "make a log from a folder of images")
     folder.add_argument("folder", type=Path, help="local folder of images")
     folder.add_argument(
         "--images", metavar="URI", help="upload the images to here; without it the log names local files"
     )
-    folder.add_argument("--prompts", type=Path, metavar="FILE", help="JSONL with an image name and a prompt per line")
-    folder.add_argument("--image-field", action="append", metavar="NAME", help="field of the name (image); repeatable")
-    folder.add_argument("--prompt-field", default="prompt", metavar="NAME", help="field of the prompt (prompt)")
+    _prompts(folder)
     folder.add_argument("--generator", default="unknown", metavar="NAME", help="what made the images")
     _output(folder)
-    _add_replay_and_checkpoints(add)
-    return parser
+    measured = add("precision", _precision, "measure how far a mode's rewards are from the exact ones")
+    measured.add_argument("--checkpoint", required=True, metavar="NAME|PATH")
+    measured.add_argument("--mode", required=True, help=", ".join(mode for mode in MODES if mode != EXACT))
+    measured.add_argument("--policy", required=True, metavar="FILE", help="whose verdicts are counted")
+    measured.add_argument("--images", type=Path, metavar="FOLDER", help="real images, at least 200")
+    measured.add_argument("--scenes", type=_count, default=1000, metavar="N", help="drawn images (1000)")
+    measured.add_argument("--device", default="cpu", help="torch device (cpu)")
+    measured.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
+    _prompts(measured)
+
+
+def _prompts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="JSONL with an image name and a prompt per line")
+    parser.add_argument("--image-field", action="append", metavar="NAME", help="field of the name (image); repeatable")
+    parser.add_argument("--prompt-field", default="prompt", metavar="NAME", help="field of the prompt (prompt)")
+
+
+def _prompts_of(arguments: argparse.Namespace) -> Prompts | None:
+    fields = tuple(arguments.image_field or ["image"])
+    return Prompts(arguments.prompts, fields, arguments.prompt_field) if arguments.prompts else None
 
 
 def _add_replay_and_checkpoints(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -117,6 +140,12 @@ def _date(text: str) -> date:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
     return int(text)
 
 
@@ -185,14 +214,12 @@ def _gc(arguments: argparse.Namespace) -> int:
 
 
 def _log_folder(arguments: argparse.Namespace) -> int:
-    fields = tuple(arguments.image_field or ["image"])
-    prompts = Prompts(arguments.prompts, fields, arguments.prompt_field) if arguments.prompts else None
     log = log_from_folder(
         arguments.folder,
         arguments.output,
         arguments.date,
         images_uri=arguments.images,
-        prompts=prompts,
+        prompts=_prompts_of(arguments),
         generator=arguments.generator,
     )
     say(f"{log.row_count} rows in {log.log_uri}, {log.without_prompt} of them without a prompt")
@@ -213,6 +240,15 @@ def _parity(arguments: argparse.Namespace) -> int:
         ),
         say,
     )
+    return EXIT_OK
+
+
+def _precision(arguments: argparse.Namespace) -> int:
+    from jobs.precision import Job, measure  # scipy, which no other command here needs
+
+    prompts = _prompts_of(arguments)
+    names = ("checkpoint", "mode", "policy", "images", "scenes", "device", "dtype")
+    measure(Job(**{name: getattr(arguments, name) for name in names}, prompts=prompts), say)
     return EXIT_OK
 
 

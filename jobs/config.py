@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from model import storage
 from model.errors import ConfigError
+from model.modes import EXACT, MODES, check_mode
 from model.scorer import SHIPPED
 
 # Fields of a generation that a log column can be mapped to.
@@ -79,6 +80,8 @@ class JobConfig(BaseModel):
     dtype: Literal["float32", "bfloat16"] = "float32"
     # Memory: LoRA merged into a language model per perspective where that fits, else beside a shared one.
     adapters: Literal["auto", "merged", "low_rank"] = "auto"
+    # Anything but exact gives other rewards, and so another night; see model/modes.py.
+    mode: str = EXACT
     # The first rows of a night decide whether it is an outage; fewer than the minimum decide nothing.
     outage_window_rows: int = Field(default=1_000, gt=0)
     outage_min_rows: int = Field(default=20, gt=0)
@@ -117,6 +120,14 @@ class JobConfig(BaseModel):
                 raise ValueError(f"{name!r} cannot be dropped or hashed; use {', '.join(PRIVATE_COLUMNS)}")
         return value
 
+    @model_validator(mode="after")
+    def _mode_goes_with_dtype(self) -> Self:
+        try:
+            check_mode(self.mode, self.dtype)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
     def column_of(self, field: str) -> str:
         """Name of the log column that holds ``field``."""
         return self.map.get(field, field)
@@ -148,6 +159,8 @@ def build(values: dict[str, Any]) -> JobConfig:
         place = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "missing":
             raise ConfigError(f"--{place.replace('_', '-')} is required") from error
+        if not place:  # about several settings: all of them would be too long for one line
+            raise ConfigError(str(fault["msg"])) from error
         raise ConfigError(f"{place}: {fault['msg']} (got {fault['input']!r})") from error
 
 
@@ -167,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", metavar="URI", help="root of the scored Parquet, s3:// or local")
     add("--checkpoint", metavar="NAME|PATH", help="reward model")
     add("--scorer", metavar="NAME", help="system that the checkpoint belongs to")
+    add("--mode", choices=MODES, help="exact (default), or faster with other rewards: see assay precision")
     add("--policy", metavar="FILE", help="thresholds that turn rewards into verdicts")
     add("--via", choices=["auto", "serve", "pool"], help="Serve replicas, own actors, or whichever fits")
     add("--map", action="append", metavar="FIELD=COLUMN", help=f"column of a field ({', '.join(FIELDS)}); repeatable")

@@ -47,6 +47,16 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class PromptedImage:
+    """One image with one prompt. ``name``: below the folder; ``line``: of the prompts, from 1, None without one."""
+
+    name: str
+    generation_id: str
+    prompt: str
+    line: int | None
+
+
+@dataclass(frozen=True)
 class FolderLog:
     """What was written. ``without_prompt``: rows whose prompt is empty because none was given."""
 
@@ -71,25 +81,36 @@ def log_from_folder(
     local files by absolute path (the job then needs ``--image-root`` at or above ``folder``).
     Raises ``ConfigError``: no such folder, no images in it, or prompts that name an image which is not there.
     """
-    images = _images(folder)
-    given = _read_prompts(prompts, set(images)) if prompts is not None else {}
-    uris = _place(folder, images, images_uri)
-    rows = []
-    for name in images:
-        for number, (prompt, line) in enumerate(given.get(name, [("", None)])):
-            rows.append(
-                {
-                    "generation_id": name if number == 0 else f"{name}#{number}",
-                    "created_at": datetime(night.year, night.month, night.day, tzinfo=UTC),
-                    "prompt": prompt,
-                    "image_uri": uris[name],
-                    "generator": generator,
-                    "prompt_line": line,
-                }
-            )
+    found = prompted_images(folder, prompts)
+    uris = _place(folder, sorted({one.name for one in found}), images_uri)
+    rows = [
+        {
+            "generation_id": one.generation_id,
+            "created_at": datetime(night.year, night.month, night.day, tzinfo=UTC),
+            "prompt": one.prompt,
+            "image_uri": uris[one.name],
+            "generator": generator,
+            "prompt_line": one.line,
+        }
+        for one in found
+    ]
     log_uri = storage.join(logs_uri, f"dt={night}", "folder.parquet")
     storage.put(log_uri, _parquet(rows))
     return FolderLog(log_uri, len(rows), sum(not row["prompt"] for row in rows))
+
+
+def prompted_images(folder: Path, prompts: Prompts | None) -> list[PromptedImage]:
+    """Every image of ``folder`` by name, with each of its prompts, or with an empty one.
+
+    Raises ``ConfigError``: no such folder, no images in it, or prompts that name an image which is not there.
+    """
+    names = _images(folder)
+    given = _read_prompts(prompts, set(names)) if prompts is not None else {}
+    return [
+        PromptedImage(name, name if number == 0 else f"{name}#{number}", prompt, line)
+        for name in names
+        for number, (prompt, line) in enumerate(given.get(name, [("", None)]))
+    ]
 
 
 def _images(folder: Path) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from jobs.precision_file import Precision
 from model import storage
 from model.errors import ConfigError, InfrastructureError
 from model.perspectives import Perspective
@@ -73,6 +74,8 @@ class Manifest(_Strict):
     code_version: str
     is_trained: bool
     reading: Reading | None = None
+    # Absent in nights from before there were modes, which are all exact.
+    precision: Precision | None = None
 
     @property
     def error_share(self) -> float:

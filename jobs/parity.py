@@ -32,6 +32,7 @@ from model import storage
 from model.errors import ConfigError, InputError
 from model.identity import same_within
 from model.images import MAX_IMAGE_BYTES
+from model.modes import EXACT
 from model.schema import STATUS_SCORED
 
 MAX_BATCH_ITEMS = 32  # the endpoint's own default limit
@@ -63,12 +64,13 @@ class Replay:
 class Parity:
     """What came out. Differences are absolute, in reward units; ``skipped``: reason -> rows.
 
-    ``dtype``: of the endpoint; the night must have been scored in the same. ``spreads``: standard deviation of each
-    stored value over the rows drawn, by its name. ``bound``: that of the value with the largest difference.
+    ``dtype``, ``mode``: of the endpoint; the night must have been scored in the same. ``spreads``: standard deviation
+    of each stored value over the rows drawn, by its name. ``bound``: that of the value with the largest difference.
     """
 
     spreads: dict[str, float] = field(default_factory=dict)
     dtype: str = ""
+    mode: str = EXACT
     rows: int = 0
     values: int = 0
     batch_sizes: list[int] = field(default_factory=list)
@@ -82,7 +84,7 @@ class Parity:
         if stored is None and replayed is None:
             return
         difference = math.inf if stored is None or replayed is None else abs(stored - replayed)
-        bound = same_within(self.dtype, self.spreads.get(name, 0.0))
+        bound = same_within(self.dtype, self.spreads.get(name, 0.0), self.mode)
         self.values += 1
         if difference >= self.largest:
             self.largest, self.bound = difference, bound
@@ -215,10 +217,13 @@ def check_same_model(answer: dict[str, Any], manifest: Manifest, result: Parity)
     model = answer["model"]
     facts = {f"checkpoint of {p}": (c, model["checkpoints"].get(p)) for p, c in manifest.checkpoints.items()}
     facts["preprocessing"] = (manifest.preprocessing_hash, model["preprocessing_hash"])
+    if manifest.precision is not None:
+        facts["dtype"] = (manifest.precision.dtype, model["dtype"])
+        facts["mode"] = (manifest.precision.mode, model["mode"])
     for name, (mine, theirs) in facts.items():
         if mine != theirs:
             raise ConfigError(f"the endpoint has another {name}: {theirs}, the night was scored with {mine}")
-    result.dtype = model["dtype"]
+    result.dtype, result.mode = model["dtype"], model["mode"]
 
 
 def _conclude(result: Parity, say: Callable[[str], None]) -> None:
@@ -229,6 +234,7 @@ def _conclude(result: Parity, say: Callable[[str], None]) -> None:
         raise ConfigError("nothing to compare: no scored row of this night has an image that can be read again")
     sizes = f"{len(result.batch_sizes)} requests of {min(result.batch_sizes)} to {max(result.batch_sizes)} images"
     say(f"compared {result.values} rewards of {result.rows} rows in {sizes}")
-    say(f"largest difference {result.largest:.3g}, bound {result.bound:.3g} in {result.dtype}")
+    mode = "" if result.mode == EXACT else f", mode {result.mode}"
+    say(f"largest difference {result.largest:.3g}, bound {result.bound:.3g} in {result.dtype}{mode}")
     if result.beyond is not None:
         raise ParityError(result.beyond)

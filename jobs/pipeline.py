@@ -88,7 +88,7 @@ def _graph(
     )
     dataset = dataset.map_batches(
         Prepare,
-        fn_constructor_args=(config.checkpoint, progress),
+        fn_constructor_args=(config.checkpoint, config.mode, progress),
         compute=ActorPoolStrategy(min_size=1, max_size=config.prepare_workers),
         num_cpus=1,
         **common,

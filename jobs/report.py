@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from jobs.manifest import Manifest
+from jobs.precision_file import describe
 from jobs.progress import SCORED, Snapshot
 from model import storage
 
@@ -31,6 +32,7 @@ def _content(
 ) -> dict[str, Any]:
     return {
         "night": manifest.model_dump(mode="json", exclude={"files", "inputs"}),
+        "precision": describe(manifest.precision),
         "bytes_published": sum(file.size_bytes for file in manifest.files),
         "bytes_fetched": int(snapshot.stages.get("fetch", [0, 0, 0])[2]),
         "this_run": {

@@ -29,6 +29,7 @@ from jobs.logs import list_logs
 from jobs.manifest import InputObject, Manifest, Reading
 from jobs.parquet import check_rewritable
 from jobs.pipeline import check_resources, check_scan_resources, run_shard
+from jobs.precision_file import Precision, precision_of
 from jobs.progress import OutageRule, Progress, Reporter, Snapshot, SystemicFailureError
 from jobs.publish import Target, check_rows, write_content
 from jobs.query import dead_letters
@@ -41,10 +42,11 @@ from model import storage
 from model.code_version import code_version
 from model.errors import ConfigError, InfrastructureError, TransientError
 from model.identity import reward_facts
+from model.modes import EXACT
 from model.policy import Policy, check_applies
 from model.policy_file import load_policy
 from model.schema import SCHEMA_VERSION
-from model.scorer import ScorerIdentity, read_identity, system_of
+from model.scorer import ScorerIdentity, read_identity, resolve, system_of
 
 Say = Callable[[str], None]
 
@@ -56,6 +58,7 @@ class _Run:
     config: JobConfig
     identity: ScorerIdentity
     policy: Policy
+    precision: Precision
     run_id: str
     lock: NightLock
     say: Say
@@ -79,12 +82,13 @@ def run_night(config: JobConfig, connect: Callable[[], None], say: Say) -> Manif
     Raises ``ConfigError`` before any work, ``SystemicFailureError`` for an outage, ``InfrastructureError``.
     """
     identity, policy = check_configuration(config)
+    precision = precision_of(resolve(config.checkpoint), identity)
     list_logs(config.input, config.date)
     manifests.latest(config.output, config.date)
     connect()
     run_id = new_run_id()
     with NightLock(config.output, config.date, run_id, say, on_lost=_thread.interrupt_main) as lock:
-        run = _Run(config, identity, policy, run_id, lock, say)
+        run = _Run(config, identity, policy, precision, run_id, lock, say)
         try:
             return _run_locked(run)
         except KeyboardInterrupt:
@@ -103,7 +107,7 @@ def check_configuration(config: JobConfig) -> tuple[ScorerIdentity, Policy]:
     system = system_of(config.checkpoint)
     if system != config.scorer:
         raise ConfigError(f"--checkpoint {config.checkpoint} belongs to scorer {system!r}, not {config.scorer!r}")
-    identity = read_identity(config.checkpoint, dtype=config.dtype)
+    identity = read_identity(config.checkpoint, dtype=config.dtype, mode=config.mode)
     policy = load_policy(config.policy)
     check_applies(policy, identity.checkpoints, identity.vector_perspectives)
     check_image_root(config.image_root)
@@ -120,6 +124,8 @@ def key_of(config: JobConfig, scan: Scan, identity: ScorerIdentity) -> str:
         "checkpoints": {str(perspective): value for perspective, value in identity.checkpoints.items()},
         "preprocessing": identity.preprocessing_hash,
         "dtype": identity.dtype,
+        # Not named where it is exact, so that nights from before there were modes keep their keys.
+        **({} if identity.mode == EXACT else {"mode": identity.mode}),
         # How rows are read: another mapping finds other rows in the same logs.
         "reading": [config.map, config.image_root, sorted(config.allow_bucket)],
         "limits": [config.limits.max_image_bytes, config.limits.max_line_bytes],
@@ -263,6 +269,7 @@ def _publish(
         policy_hash=policy.content_hash,
         code_version=code_version(),
         is_trained=identity.is_trained,
+        precision=run.precision,
         reading=Reading(
             columns=row_reader(config, scan.is_partitioned).columns,
             is_partitioned=scan.is_partitioned,

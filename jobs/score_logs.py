@@ -17,6 +17,7 @@ import ray
 from jobs import report
 from jobs.config import parse_arguments
 from jobs.manifest import Manifest
+from jobs.precision_file import describe
 from jobs.progress import SystemicFailureError
 from jobs.run import run_night
 from model.errors import ConfigError, InfrastructureError, TransientError
@@ -104,6 +105,8 @@ def _print_outcome(output: str, manifest: Manifest) -> None:
         say(f"  {count} {code}")
     if not manifest.is_trained:
         say("  note: these rewards come from an untrained demonstration checkpoint and mean nothing")
+    for line in describe(manifest.precision):
+        say(f"  {line}")
     say(f"report: {report.uri_of(output, manifest)}")
 
 

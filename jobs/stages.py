@@ -71,8 +71,8 @@ class FetchImages:
 class Prepare:
     """Decodes images and tokenises prompts: the scorer's CPU step, in the job's own workers."""
 
-    def __init__(self, checkpoint: str, progress: Any) -> None:
-        self._preprocessor = load_preprocessor(checkpoint)
+    def __init__(self, checkpoint: str, mode: str, progress: Any) -> None:
+        self._preprocessor = load_preprocessor(checkpoint, mode=mode)
         self._progress = progress
 
     def __call__(self, table: pa.Table) -> pa.Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from model.errors import ConfigError
+from model.modes import EXACT, ROUNDED_MODES
 from model.scorer import ScorerIdentity
 
 # What differs between batches is only the order in which sums are made: matrix products choose a kernel by their
@@ -15,24 +16,29 @@ from model.scorer import ScorerIdentity
 # 1.6 to 5.9 % of their standard deviation; the bound leaves room up to 10 % (tests/benchmarks/README.md).
 _SAME_WITHIN = {"float32": 1e-5, "bfloat16": 5e-2}
 _SAME_WITHIN_SPREADS = {"float32": 0.0, "bfloat16": 0.1}
+# In eight bits the last digit of float32 decides now and then which way a value is rounded: 1.4e-2 was the most seen.
+_SAME_WITHIN_ROUNDED = 5e-2
 
 
-def same_within(dtype: str, spread: float) -> float:
+def same_within(dtype: str, spread: float, mode: str = EXACT) -> float:
     """The largest difference between two rewards that count as the same, in reward units.
 
     - spread: standard deviation of that reward over unlike inputs; 0 where it is not known
-    - returns: 1e-5 in float32; in bfloat16 5e-2, or a tenth of the spread where that is more
+    - returns: 1e-5 in float32, 5e-2 in a mode of eight bits; in bfloat16 5e-2, or a tenth of the spread where that is
+      more
     - raises: ``ConfigError`` for a dtype of which no bound is known
     """
     if dtype not in _SAME_WITHIN:
         raise ConfigError(f"dtype={dtype}: no bound is known but for {', '.join(_SAME_WITHIN)}; score in one of them")
-    return max(_SAME_WITHIN[dtype], _SAME_WITHIN_SPREADS[dtype] * spread)
+    rounded = _SAME_WITHIN_ROUNDED if mode in ROUNDED_MODES else 0.0
+    return max(_SAME_WITHIN[dtype], _SAME_WITHIN_SPREADS[dtype] * spread, rounded)
 
 
 def reward_facts(identity: ScorerIdentity, code_version: str) -> dict[str, str]:
-    """Name -> value of everything that decides a reward: weights per perspective, preprocessing, dtype, code."""
+    """Name -> value of everything that decides a reward: weights per perspective, preprocessing, dtype, mode, code."""
     facts = {f"checkpoint {perspective}": str(value) for perspective, value in identity.checkpoints.items()}
-    return {**facts, "preprocessing": identity.preprocessing_hash, "dtype": identity.dtype, "code": code_version}
+    facts |= {"preprocessing": identity.preprocessing_hash, "dtype": identity.dtype, "mode": identity.mode}
+    return {**facts, "code": code_version}
 
 
 def first_difference(mine: Mapping[str, str], theirs: Mapping[str, str]) -> str | None:

@@ -19,6 +19,7 @@ from model import checkpoint_store
 from model.checkpoint_sources import PINNED, is_location
 from model.errors import ConfigError
 from model.meaning import Head
+from model.modes import EXACT, check_mode
 from model.perspectives import Perspective
 from model.schema import Generation, ImageInfo, RowError, ScoreRecord
 
@@ -56,6 +57,7 @@ class ScorerIdentity:
     is_trained: bool
     licence: str
     vector_perspectives: tuple[Perspective, ...] = ()
+    mode: str = EXACT
 
 
 @dataclass(frozen=True)
@@ -119,31 +121,41 @@ class Scorer(Preprocessor, Protocol):
         ...
 
 
-def load(name_or_path: str | Path, *, device: str = "cpu", dtype: str = "float32", adapters: str = "auto") -> Scorer:
+def load(
+    name_or_path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    mode: str = EXACT,
+    adapters: str = "auto",
+) -> Scorer:
     """Load a shipped checkpoint by name, or any checkpoint folder by path, ``s3://`` URI or pinned hub name.
 
-    - device: a torch device such as ``cpu`` or ``cuda:0``; dtype: one of ``DTYPES``; adapters: one of ``ADAPTERS``
+    - device: a torch device such as ``cpu`` or ``cuda:0``; dtype: one of ``DTYPES``; mode: one of ``model.modes.MODES``
+    - adapters: one of ``ADAPTERS``
     - raises: ``ConfigError`` in one line that names the value and the remedy; ``TransientError`` if S3 or the hub fails
     """
+    check_mode(mode, _checked_dtype(dtype))
     folder = resolve(name_or_path)
     if adapters not in ADAPTERS:
         raise ConfigError(f"adapters={adapters!r} is not known, expected one of {list(ADAPTERS)}")
     system = _system(folder, "scorer")
-    scorer: Scorer = system.load_scorer(folder, device=device, dtype=_checked_dtype(dtype), adapters=adapters)
+    scorer: Scorer = system.load_scorer(folder, device=device, dtype=dtype, mode=mode, adapters=adapters)
     return scorer
 
 
-def load_preprocessor(name_or_path: str | Path) -> Preprocessor:
+def load_preprocessor(name_or_path: str | Path, *, mode: str = EXACT) -> Preprocessor:
     """The CPU step of a checkpoint alone: same arrays, same ``preprocessing_hash``, no weights and no torch."""
     folder = resolve(name_or_path)
-    preprocessor: Preprocessor = _system(folder, "processor").load_preprocessor(folder)
+    preprocessor: Preprocessor = _system(folder, "processor").load_preprocessor(folder, mode=mode)
     return preprocessor
 
 
-def read_identity(name_or_path: str | Path, *, dtype: str = "float32") -> ScorerIdentity:
+def read_identity(name_or_path: str | Path, *, dtype: str = "float32", mode: str = EXACT) -> ScorerIdentity:
     """The identity that ``load`` would have. Hashes the weights' bytes; builds no tensor and needs no torch."""
+    check_mode(mode, _checked_dtype(dtype))
     folder = resolve(name_or_path)
-    identity: ScorerIdentity = _system(folder, "processor").read_identity(folder, dtype=_checked_dtype(dtype))
+    identity: ScorerIdentity = _system(folder, "processor").read_identity(folder, dtype=dtype, mode=mode)
     return identity
 
 

@@ -12,7 +12,8 @@ from model.perspectives import Perspective
 from tests.benchmarks.adapter_forms import held_bytes, low_rank
 from tests.benchmarks.reward_flops import flops_ours, flops_straightforward
 from tests.benchmarks.reward_models import SCALES, STEPS, Built, build, make_sample, rewards_by_steps
-from tests.benchmarks.reward_speed import largest_difference, one_by_one, ours
+from tests.benchmarks.reward_speed import one_by_one
+from tests.benchmarks.reward_timing import largest_difference, ours
 from tests.llava_reward_cases import BATCH_TOLERANCE
 
 torch.set_num_threads(2)

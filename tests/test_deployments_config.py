@@ -91,6 +91,8 @@ def test_serve_yaml_is_what_the_code_expects() -> None:
         ({"dtype": "float8"}, "dtype"),
         ({"dtype": "float16"}, "dtype"),
         ({"adapters": "both"}, "adapters"),
+        ({"mode": "int4"}, "mode='int4' is unknown"),
+        ({"mode": "fp8"}, "set dtype=bfloat16"),
         ({"checkpoint": None}, "checkpoint"),
     ],
 )

@@ -373,6 +373,7 @@ class GivenReply(BrokenReplica):
             "checkpoints": {str(p): checkpoint for p, checkpoint in FakeScorer().identity.checkpoints.items()},
             "preprocessing_hash": "0",
             "dtype": "float32",
+            "mode": "exact",
             "licence": "Apache-2.0",
             "is_trained": True,
             "vector_perspectives": [],

@@ -136,6 +136,7 @@ class GeneralPreference:
             "checkpoints": {"overall": "given@sha256:" + "0" * 64},
             "preprocessing_hash": "0",
             "dtype": "float32",
+            "mode": "exact",
             "licence": "Apache-2.0",
             "is_trained": True,
             "heads": {"overall": head},

@@ -102,6 +102,7 @@ def test_identity_says_what_decides_a_reward(use: Callable[..., Any]) -> None:
         "checkpoints": {p.value: expected.checkpoints[p] for p in PERSPECTIVES},
         "preprocessing_hash": expected.preprocessing_hash,
         "dtype": "float32",
+        "mode": "exact",
         "is_trained": False,
         "licence": "Apache-2.0",
         "placement": "no weights",

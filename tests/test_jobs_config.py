@@ -45,6 +45,8 @@ def test_the_shipped_defaults_are_valid():
         ([*REQUIRED, "--via", "magic"], "invalid choice"),
         ([*REQUIRED, "--map", "prompt"], "has no '='"),
         ([*REQUIRED, "--map", "promt=x"], "'promt' is not a field"),
+        ([*REQUIRED, "--mode", "int4"], "invalid choice: 'int4'"),
+        ([*REQUIRED, "--mode", "fp8"], "mode='fp8' computes in bfloat16, not in float32; set dtype=bfloat16"),
         ([*REQUIRED, "--max-error-rate", "2"], "max_error_rate"),
         ([*REQUIRED, "--drop-columns", "row_key"], "'row_key' cannot be dropped"),
         ([*REQUIRED, "--outptu", "x"], "unrecognized arguments: --outptu"),
@@ -71,6 +73,14 @@ def test_local_paths_are_absolute_because_workers_open_them_too(tmp_path, monkey
     assert (remote.input, remote.output, remote.image_root) == ("s3://b/logs", "s3://b/out", None)
     with pytest.raises(ConfigError, match="unsupported URI scheme 'ftp'"):
         parse_arguments([*REQUIRED, "--output", "ftp://x/y"])
+
+
+def test_a_mode_comes_from_the_file_or_the_flag(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text("mode: fp8\ndtype: bfloat16\n")
+    assert parse_arguments(REQUIRED).mode == "exact"
+    assert parse_arguments([*REQUIRED, "--config", str(path)]).mode == "fp8"
+    assert parse_arguments([*REQUIRED, "--config", str(path), "--mode", "int8"]).mode == "int8"
 
 
 @pytest.mark.parametrize("text", ["map: [a]", "map: a", "1: 2"])

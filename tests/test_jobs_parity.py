@@ -17,6 +17,7 @@ from jobs.cli import main
 from jobs.endpoint import Endpoint
 from jobs.manifest import InputObject, Manifest
 from jobs.parity import Parity, ParityError, Replay, replay, spreads_of
+from jobs.precision_file import Precision
 from jobs.publish import Target, write_content
 from jobs.rejudge import content_fields
 from model.errors import ConfigError, InfrastructureError
@@ -196,6 +197,8 @@ def test_an_endpoint_that_cannot_score_a_scored_row(publish: Any, url: str, imag
     ("fields", "message"),
     [
         ({"preprocessing_hash": "1" * 64}, "the endpoint has another preprocessing: "),
+        ({"precision": Precision(dtype="bfloat16", mode="exact")}, "the endpoint has another dtype: float32"),
+        ({"precision": Precision(dtype="float32", mode="int8")}, "the endpoint has another mode: exact, the night"),
         ({"checkpoints": {"safety": "new@sha256:" + "1" * 64}}, "the endpoint has another checkpoint of safety: fake@"),
     ],
 )

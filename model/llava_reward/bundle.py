@@ -25,6 +25,7 @@ from model.llava_reward.adapter_file import HEAD_CONFIG, HEAD_TENSORS, LORA_CONF
 from model.llava_reward.config import HeadConfig, read_head_config, read_json
 from model.llava_reward.model_config import FAMILIES, QWEN_RELEASED_KEYS, QWEN_SKIP_CA_KEYS, check_head
 from model.meaning import Head, HeadTraining
+from model.modes import EXACT, crops_of
 from model.perspectives import Perspective
 from model.scorer import ScorerIdentity
 
@@ -60,7 +61,7 @@ _OPTIONAL_OF = {"qwen": {"qwen_skipca_keys": str}}
 class Bundle:
     """One ``scorer.json``, checked, with its paths resolved.
 
-    - num_crops: phi3v only, 1 otherwise; skip_ca_keys: qwen only, None otherwise
+    - num_crops: phi3v only, 1 otherwise, fewer than written in mode few_crops; skip_ca_keys: qwen only, None otherwise
     """
 
     folder: Path
@@ -84,8 +85,11 @@ class Bundle:
         return tuple(p for p in Perspective if p in self.adapters)
 
 
-def read_bundle(folder: Path) -> Bundle:
-    """Read and check ``folder/scorer.json``; raises ``ConfigError`` naming the file, the key and the remedy."""
+def read_bundle(folder: Path, *, mode: str = EXACT) -> Bundle:
+    """Read and check ``folder/scorer.json``; raises ``ConfigError`` naming the file, the key and the remedy.
+
+    - mode: one of ``model.modes.MODES``; ``ConfigError`` if this checkpoint cannot have it
+    """
     path = folder / "scorer.json"
     values = read_json(path)
     _check_system(path, values)
@@ -102,7 +106,7 @@ def read_bundle(folder: Path) -> Bundle:
         is_trained=values["is_trained"],
         backbone=backbone,
         adapters=adapters,
-        num_crops=values.get("num_crops", 1),
+        num_crops=crops_of(mode, family, values.get("num_crops", 1)),
         skip_ca_keys=values.get("qwen_skipca_keys", QWEN_RELEASED_KEYS) if family == "qwen" else None,
         max_prompt_tokens=values.get("max_prompt_tokens", MAX_PROMPT_TOKENS),
         max_image_bytes=values.get("max_image_bytes", MAX_IMAGE_BYTES),
@@ -198,7 +202,7 @@ def _existing_file(path: Path) -> Path:
     return path
 
 
-def read_identity(folder: Path, *, dtype: str, preprocessing_hash: str) -> ScorerIdentity:
+def read_identity(folder: Path, *, dtype: str, mode: str, preprocessing_hash: str) -> ScorerIdentity:
     """Hash the files that decide each perspective's reward. Reads every byte of them, builds no tensor.
 
     Raises ``ConfigError`` if a file is not the one that ``hashes`` in ``scorer.json`` says.
@@ -226,6 +230,7 @@ def read_identity(folder: Path, *, dtype: str, preprocessing_hash: str) -> Score
         is_trained=bundle.is_trained,
         licence=bundle.licence,
         vector_perspectives=tuple(vectors),
+        mode=mode,
     )
 
 

@@ -31,6 +31,7 @@ from model.llava_reward.family_inputs import FamilyInputs
 from model.llava_reward.llava_inputs import LlavaInputs
 from model.llava_reward.prompt_tokens import PHI3V_TEXT, PromptTokenizer
 from model.llava_reward.qwen_inputs import QwenInputs
+from model.modes import EXACT
 from model.prompts import encode_prompt
 from model.schema import Generation, RowError
 from model.scorer import Prepared, ScorerIdentity
@@ -214,11 +215,12 @@ class LlavaRewardPreprocessor:
         return InputError(ErrorCode.PROMPT_TOO_LONG, Stage.PREPROCESS, message)
 
 
-def load_preprocessor(folder: Path) -> LlavaRewardPreprocessor:
+def load_preprocessor(folder: Path, *, mode: str = EXACT) -> LlavaRewardPreprocessor:
     """The CPU step of the bundle in ``folder``; raises ``ConfigError`` if a file is missing or malformed."""
-    return LlavaRewardPreprocessor(read_bundle(folder))
+    return LlavaRewardPreprocessor(read_bundle(folder, mode=mode))
 
 
-def read_identity(folder: Path, *, dtype: str) -> ScorerIdentity:
+def read_identity(folder: Path, *, dtype: str, mode: str = EXACT) -> ScorerIdentity:
     """The identity of the scorer in ``folder``, from its files alone."""
-    return hash_identity(folder, dtype=dtype, preprocessing_hash=load_preprocessor(folder).preprocessing_hash)
+    preprocessing_hash = load_preprocessor(folder, mode=mode).preprocessing_hash
+    return hash_identity(folder, dtype=dtype, mode=mode, preprocessing_hash=preprocessing_hash)

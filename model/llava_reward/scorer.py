@@ -20,7 +20,9 @@ from model.llava_reward.bundle import read_bundle, read_heads, read_identity
 from model.llava_reward.checkpoint import load_network
 from model.llava_reward.passes import IDS, Cost, picture_numbers, plan_passes
 from model.llava_reward.processor import LlavaRewardPreprocessor
+from model.llava_reward.quantized import check_device, quantize
 from model.meaning import Head
+from model.modes import EXACT, ROUNDED_MODES
 from model.perspectives import Perspective
 from model.ranking import Ranking, rank_images
 from model.schema import Generation, RowError, ScoreRecord
@@ -43,18 +45,20 @@ class LlavaRewardScorer:
         *,
         device: str = "cpu",
         dtype: str = "float32",
+        mode: str = EXACT,
         adapters: str = "auto",
         max_batch_tokens: int | None = None,
     ) -> None:
-        bundle = read_bundle(folder)
+        bundle = read_bundle(folder, mode=mode)
         self._folder = folder
         self._device = _device(device)
+        check_device(mode, self._device)
         default = MAX_BATCH_TOKENS_CPU if self._device.type == "cpu" else MAX_BATCH_TOKENS_GPU
         self._max_batch_tokens = max_batch_tokens or default
         self._preprocessor = LlavaRewardPreprocessor(bundle)
         self.preprocessing_hash = self._preprocessor.preprocessing_hash
         # Before the network is built: it compares the files with their hashes.
-        self.identity = read_identity(folder, dtype=dtype, preprocessing_hash=self.preprocessing_hash)
+        self.identity = read_identity(folder, dtype=dtype, mode=mode, preprocessing_hash=self.preprocessing_hash)
         form = choose_form(bundle, adapters, device=self._device, dtype=getattr(torch, dtype))
         self.placement = form.reason
         self._network = load_network(
@@ -66,6 +70,8 @@ class LlavaRewardScorer:
             skip_ca_keys=bundle.skip_ca_keys,
             is_low_rank=form.is_low_rank,
         )
+        if mode in ROUNDED_MODES:
+            quantize(self._network, mode)
         self.perspectives: tuple[Perspective, ...] = bundle.perspectives
         self.heads: Mapping[Perspective, Head] = read_heads(bundle, self.identity)
 
@@ -175,6 +181,6 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def load_scorer(folder: Path, *, device: str, dtype: str, adapters: str) -> LlavaRewardScorer:
+def load_scorer(folder: Path, *, device: str, dtype: str, mode: str, adapters: str) -> LlavaRewardScorer:
     """The scorer of the bundle in ``folder``."""
-    return LlavaRewardScorer(folder, device=device, dtype=dtype, adapters=adapters)
+    return LlavaRewardScorer(folder, device=device, dtype=dtype, mode=mode, adapters=adapters)

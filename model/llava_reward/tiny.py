@@ -24,8 +24,9 @@ from model.llava_reward.backbones.phi3v import Phi3VBackbone, read_backbone
 from model.llava_reward.config import HeadConfig
 from model.llava_reward.network import RewardBranch
 from model.llava_reward.tiny_tokenizer import END, build_tokenizer
+from model.modes import EXACT, FEW_CROPS
 from model.perspectives import Perspective
-from model.schema import Generation
+from model.schema import Generation, ScoreRecord
 from model.scorer import load
 
 _SEED = 20
@@ -94,11 +95,16 @@ def write_golden(out: Path, seed: int = _SEED) -> None:
         name = f"golden/{i}.png"
         _picture(np.random.default_rng(seed + i), *size).save(out / name, optimize=True)
         generations.append(Generation(name, prompt, (out / name).read_bytes()))
+    exact, coarse = (load(out, mode=mode).score(generations) for mode in (EXACT, FEW_CROPS))
     cases = [
-        {"image": g.generation_id, "prompt": g.prompt, "values": {p: [round(r, 6)] for p, r in record.rewards.items()}}
-        for g, record in zip(generations, load(out).score(generations), strict=True)
+        {"image": g.generation_id, "prompt": g.prompt, "values": _rounded(one), FEW_CROPS: _rounded(other)}
+        for g, one, other in zip(generations, exact, coarse, strict=True)
     ]
     _write_json(out / GOLDEN_FILE, {"tolerance": {"float32": 1e-3, "bfloat16": 5e-2}, "cases": cases})
+
+
+def _rounded(record: ScoreRecord) -> dict[Perspective, list[float]]:
+    return {p: [round(reward, 6)] for p, reward in record.rewards.items()}
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -145,10 +145,12 @@ def _perspective(
     return branch, plain
 
 
-def make_sample(built: Built, width: int, height: int, device: torch.device, seed: int) -> Phi3VSample:
+def make_sample(
+    built: Built, width: int, height: int, device: torch.device, seed: int, num_crops: int = SLOTS - 1
+) -> Phi3VSample:
     """A noise picture of the size that a ``width x height`` one gets, and 45 tokens of text."""
     clip, vocabulary = built.scale.clip, built.scale.config.vocab_size
-    layout = hd_layout(width, height, num_crops=SLOTS - 1, crop_size=clip.image_size)
+    layout = hd_layout(width, height, num_crops=num_crops, crop_size=clip.image_size)
     columns, rows = (side // clip.image_size for side in layout.padded)
     generator = torch.Generator().manual_seed(seed)
     crops = torch.randn(1 + rows * columns, 3, clip.image_size, clip.image_size, generator=generator)

@@ -2,6 +2,7 @@
 
 ``python -m tests.benchmarks.reward_speed [--scale cpu|full] [--device cpu|cuda] [--size 1024x1024]``
 ``[--perspectives 4] [--batch N] [--rounds 5] [--threads 2] [--steps]``
+``[--mode int8|fp8|few_crops]``: instead, that mode against exact rewards, both in our way.
 
 Random weights, real crop and token counts; preprocessing is not part of it. The straightforward way is the released
 one: a full forward per perspective, 17 crops always, every position in the last layer and in SkipCA, LoRA unmerged,
@@ -12,28 +13,21 @@ work; ``--scale full`` has the published sizes, in bfloat16. Needs neither weigh
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from model.llava_reward.backbones.phi3v import Phi3VSample
+from model.modes import EXACT, MODES
 from model.perspectives import Perspective
+from tests.benchmarks.mode_speed import compare_mode
 from tests.benchmarks.reward_flops import flops_ours, flops_straightforward
 from tests.benchmarks.reward_models import SCALES, STEPS, Built, build, make_sample, rewards_by_steps
+from tests.benchmarks.reward_timing import Rewards, interleaved, largest_difference, ours, peak_bytes
 
 PEAK_FLOPS_H200 = 790e12  # bfloat16, what large matrix products reach; the roofline of the floors
-Rewards = dict[Perspective, Tensor]
-
-
-def ours(built: Built, samples: Sequence[Phi3VSample], perspectives: Sequence[Perspective], batch: int) -> Rewards:
-    """The network itself, in passes of ``batch`` images."""
-    parts = [built.network(samples[i : i + batch], perspectives) for i in range(0, len(samples), batch)]
-    return {p: torch.cat([part[p] for part in parts]) for p in perspectives}
 
 
 def one_by_one(
@@ -42,44 +36,6 @@ def one_by_one(
     """One image at a time with some of the steps; none of them is the straightforward way."""
     parts = [rewards_by_steps(built, sample, perspectives, steps) for sample in samples]
     return {p: torch.cat([part[p] for part in parts]) for p in perspectives}
-
-
-def timed(device: torch.device, run: Callable[[], Rewards]) -> tuple[float, Rewards]:
-    """Seconds until the device is done, and the rewards."""
-    _wait(device)
-    start = time.perf_counter()
-    rewards = run()
-    _wait(device)
-    return time.perf_counter() - start, rewards
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_bytes(device: torch.device, run: Callable[[], Rewards]) -> int:
-    """Most memory held while running: on a GPU of this run, on a CPU of the process so far."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return torch.cuda.max_memory_allocated(device)
-    run()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def interleaved(device: torch.device, ways: Sequence[Callable[[], Rewards]], rounds: int) -> list[list[float]]:
-    """Seconds by way and round. Every other round runs backwards, so that no way always comes first."""
-    seconds: list[list[float]] = [[] for _ in ways]
-    for number in range(rounds):
-        order = list(enumerate(ways))
-        for index, run in order if number % 2 == 0 else reversed(order):
-            seconds[index].append(timed(device, run)[0])
-    return seconds
-
-
-def largest_difference(a: Rewards, b: Rewards) -> float:
-    return max(float((a[p].float() - b[p].float()).abs().max()) for p in a)
 
 
 def print_flops(built: Built, sample: Phi3VSample, perspectives: int, rates: tuple[float, float], *, gpu: bool) -> None:
@@ -146,6 +102,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1, help="images of one of our passes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--mode", choices=MODES, default=EXACT, help="measure this mode against exact rewards instead")
     parser.add_argument("--steps", action="store_true", help="measure each step by itself, too")
     return parser.parse_args()
 
@@ -162,6 +119,9 @@ def main() -> None:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{args.threads} CPU threads"
     print(f"{args.scale} scale, {built.scale.dtype}, {where}, torch {torch.__version__}")
     print(f"{args.size}: {len(samples[0].crops)} crops, {tokens} image tokens; {len(perspectives)} perspectives")
+    if args.mode != EXACT:
+        compare_mode(built, samples, perspectives, args)
+        return
     compare(built, samples, perspectives, args)
     if args.steps:
         print_steps(built, samples, perspectives, args)
