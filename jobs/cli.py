@@ -21,6 +21,7 @@ from jobs.query import as_text, printable, run_query
 from jobs.rejudge import rejudge
 from jobs.run import new_run_id
 from jobs.score_logs import EXIT_CONFIG, EXIT_INFRASTRUCTURE, EXIT_OK, fail, say
+from jobs.train_config import add_arguments as add_train_arguments
 from jobs.verify import VerificationError, verify_night
 from model.checkpoint_list import list_checkpoints, notes
 from model.errors import ConfigError, InfrastructureError, TransientError
@@ -97,6 +98,8 @@ def _add_replay_and_checkpoints(add: Callable[..., argparse.ArgumentParser]) -> 
     parity.add_argument("--image-root", metavar="URI", help="where relative image paths start")
     parity.add_argument("--allow-bucket", action="append", metavar="BUCKET", help="bucket of images; repeatable")
     _output(parity)
+    trained = add("train", _train, "train one perspective on preference pairs or labels")
+    add_train_arguments(trained)
     listed = add("checkpoints", _checkpoints, "list the shipped and the published checkpoints")
     listed.add_argument("--format", choices=["table", "json"], default="table")
 
@@ -230,6 +233,12 @@ def _convert(arguments: argparse.Namespace) -> int:
         "policy for it must name the new"
     )
     return EXIT_OK
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from jobs.train import command  # torch and Ray Train, which no other command here needs
+
+    return command(arguments)
 
 
 def _checkpoints(arguments: argparse.Namespace) -> int:

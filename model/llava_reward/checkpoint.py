@@ -21,7 +21,7 @@ from model.llava_reward.adapter_file import inside, member_of
 from model.llava_reward.backbones.families import read_backbone
 from model.llava_reward.backbones.interface import Backbone, WeightNames
 from model.llava_reward.bundle import adapter_weights, backbone_weights
-from model.llava_reward.config import LoraConfig, read_head_config, read_lora_config
+from model.llava_reward.config import HeadConfig, LoraConfig, read_head_config, read_lora_config
 from model.llava_reward.model_config import check_head
 from model.llava_reward.network import RewardBranch, RewardNetwork
 from model.perspectives import Perspective
@@ -228,3 +228,21 @@ def _lora_modules(targets: Iterable[str], backbone: Backbone[Any, Any]) -> list[
         for projection in projections
     ]
     return [module for module, last in modules if module in wanted or last in wanted]
+
+
+def load_untrained(
+    backbone: Backbone[Any, Any], folder: Path, head: HeadConfig, *, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Module, RewardBranch]:
+    """Image tower and the branch of a new perspective: the backbone's own projector, no LoRA, a head of zeros.
+
+    - backbone: of the configuration in ``folder``
+    - raises: ``ConfigError`` as ``load_network`` does
+    """
+    with torch.device("meta"):
+        vision, branch = backbone.build_vision(), RewardBranch(backbone, head)
+    tensors = _load_backbone(folder, backbone.names)
+    _fill(vision, _take(tensors, backbone.names.vision, vision), f"{folder} (image tower)", device, dtype)
+    head_names = {name for name in branch.state_dict() if name.endswith(_HEAD_NAMES) and name not in tensors}
+    tensors |= {name: torch.zeros(branch.state_dict()[name].shape) for name in head_names}
+    _fill(branch, tensors, str(folder), device, dtype)
+    return vision, branch

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.errors import InfrastructureError
 from model.golden import GOLDEN_FILE
 from model.llava_reward.backbones.phi3v import Phi3VBackbone, read_backbone
 from model.llava_reward.config import HeadConfig
@@ -85,8 +86,12 @@ def write_checkpoint(out: Path, seed: int = _SEED) -> None:
     write_golden(out, seed)
 
 
-def write_golden(out: Path, seed: int = _SEED) -> None:
-    """Score three small pictures with the bundle in ``out`` and keep the rewards beside them."""
+def write_golden(out: Path, seed: int = _SEED, *, device: str = "cpu", is_scaled: bool = False) -> None:
+    """Score three small pictures with the bundle in ``out`` and keep the rewards beside them.
+
+    - is_scaled: a bfloat16 tolerance that grows with the largest reward, for heads whose scale nobody chose
+    - raises: ``InfrastructureError`` if a picture has no reward
+    """
     (out / GOLDEN_FILE).unlink(missing_ok=True)
     (out / "golden").mkdir(exist_ok=True)
     generations = []
@@ -94,11 +99,16 @@ def write_golden(out: Path, seed: int = _SEED) -> None:
         name = f"golden/{i}.png"
         _picture(np.random.default_rng(seed + i), *size).save(out / name, optimize=True)
         generations.append(Generation(name, prompt, (out / name).read_bytes()))
-    cases = [
-        {"image": g.generation_id, "prompt": g.prompt, "values": {p: [round(r, 6)] for p, r in record.rewards.items()}}
-        for g, record in zip(generations, load(out).score(generations), strict=True)
-    ]
-    _write_json(out / GOLDEN_FILE, {"tolerance": {"float32": 1e-3, "bfloat16": 5e-2}, "cases": cases})
+    cases, largest = [], 1.0
+    for generation, record in zip(generations, load(out, device=device).score(generations), strict=True):
+        if record.error is not None:
+            raise InfrastructureError(f"{out}: {generation.generation_id} has no reward: {record.error.message}")
+        values = {p: (r,) for p, r in record.rewards.items()} | dict(record.reward_vectors)
+        rounded = {p: [round(value, 6) for value in row] for p, row in values.items()}
+        largest = max(largest, *(abs(value) for row in rounded.values() for value in row))
+        cases.append({"image": generation.generation_id, "prompt": generation.prompt, "values": rounded})
+    tolerance = {"float32": 1e-3, "bfloat16": round(5e-2 * (largest if is_scaled else 1.0), 3)}
+    _write_json(out / GOLDEN_FILE, {"tolerance": tolerance, "cases": cases})
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

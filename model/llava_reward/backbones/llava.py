@@ -104,6 +104,13 @@ class LlavaBackbone(Backbone[LlavaSample, LlavaShared]):
         sizes = [item.image_size for item in batch]
         return LlavaShared(input_ids, features, [len(item.tiles) for item in batch], sizes, last)
 
+    def join(self, parts: Sequence[LlavaShared]) -> LlavaShared:
+        ids = [row[: end + 1] for part in parts for row, end in zip(part.input_ids, part.last.tolist(), strict=True)]
+        input_ids, last = decoder.pad_ids(ids)
+        tiles = [count for part in parts for count in part.tiles]
+        sizes = [size for part in parts for size in part.image_sizes]
+        return LlavaShared(input_ids, torch.cat([part.features for part in parts]), tiles, sizes, last)
+
     def project(self, model: nn.Module, shared: LlavaShared) -> Sequence[Tensor]:
         llava = cast(Any, model)
         projected = llava.multi_modal_projector(shared.features).split(list(shared.tiles))

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from model.llava_reward.backbones.clip import ClipTower
 from model.llava_reward.backbones.interface import Backbone, EndState, SkipCaForm, WeightNames
 from model.llava_reward.backbones.lengths import Lengths
+from model.llava_reward.backbones.output_rows import output_rows
 from model.llava_reward.backbones.rms_norm import RmsNorm
 from model.llava_reward.backbones.rope import apply_rope, rope_tables
 from model.llava_reward.config import ClipConfig, Phi3VConfig, read_clip_config, read_phi3v_config
@@ -136,9 +137,9 @@ class Phi3Attention(nn.Module):
 
     def forward_last(self, hidden: Tensor, rope: tuple[Tensor, Tensor], lengths: Lengths) -> Tensor:
         """Only the end token asks, every real token answers: ``(b, l, h)`` to ``(b, 1, h)``."""
-        weight, width = self.qkv_proj.weight, self.o_proj.in_features
-        q = self._heads(F.linear(lengths.pick_last(hidden), weight[:width]), self.num_heads)
-        k, v = F.linear(hidden, weight[width:]).chunk(2, dim=-1)
+        width = self.o_proj.in_features
+        q = self._heads(output_rows(self.qkv_proj, lengths.pick_last(hidden), 0, width), self.num_heads)
+        k, v = output_rows(self.qkv_proj, hidden, width, width + 2 * self.key_value_width).chunk(2, dim=-1)
         k, v = self._heads(k, self.num_key_value_heads), self._heads(v, self.num_key_value_heads)
         q = apply_rope(q, lengths.pick_last(rope[0]), lengths.pick_last(rope[1]))
         return self._mix(q, apply_rope(k, *rope), v, mask=lengths.key_mask())
@@ -278,6 +279,14 @@ class Phi3VBackbone(Backbone[Phi3VSample, Phi3VShared]):
         input_ids = pad_sequence([item.input_ids for item in batch], batch_first=True)
         counts = torch.tensor([len(item.input_ids) for item in batch], device=input_ids.device)
         lengths = Lengths(counts, input_ids.shape[1])
+        return Phi3VShared(input_ids, merged, rope_tables(counts, lengths.padded, self.config.rope), lengths)
+
+    def join(self, parts: Sequence[Phi3VShared]) -> Phi3VShared:
+        ids = [row[:count] for part in parts for row, count in zip(part.input_ids, part.lengths.counts, strict=True)]
+        counts = torch.cat([part.lengths.counts for part in parts])
+        input_ids = pad_sequence(ids, batch_first=True)
+        lengths = Lengths(counts, input_ids.shape[1])
+        merged = [item for part in parts for item in part.merged]
         return Phi3VShared(input_ids, merged, rope_tables(counts, lengths.padded, self.config.rope), lengths)
 
     def project(self, model: nn.Module, shared: Phi3VShared) -> Sequence[Tensor]:

@@ -162,6 +162,19 @@ class QwenBackbone(Backbone[QwenSample, QwenShared]):
             input_ids, merged.reshape(-1, merged.shape[-1] // self.merge_size**2), counts, positions, last
         )
 
+    def join(self, parts: Sequence[QwenShared]) -> QwenShared:
+        ends = [part.last.tolist() for part in parts]
+        ids = [
+            part.input_ids[i, : end + 1] for part, last in zip(parts, ends, strict=True) for i, end in enumerate(last)
+        ]
+        input_ids, last = decoder.pad_ids(ids)
+        positions = torch.zeros(3, *input_ids.shape, dtype=torch.long, device=input_ids.device)
+        rows = [part.position_ids[:, i] for part in parts for i in range(len(part.last))]
+        for i, (row, own) in enumerate(zip(rows, ids, strict=True)):
+            positions[:, i, : len(own)] = row[:, : len(own)]
+        counts = [count for part in parts for count in part.counts]
+        return QwenShared(input_ids, torch.cat([part.features for part in parts]), counts, positions, last)
+
     def project(self, model: nn.Module, shared: QwenShared) -> Sequence[Tensor]:
         projected = cast(QwenModel, model).visual["merger"](shared.features)
         return cast(Sequence[Tensor], projected.split(list(shared.counts)))
