@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from jobs import check_data
 from jobs import manifest as manifests
 from jobs.folder_log import Prompts, log_from_folder
 from jobs.garbage import collect
@@ -32,7 +33,7 @@ EXIT_NOT_VERIFIED = 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one subcommand. Exit codes: 0; 1 not verified, no parity; 2 bad arguments or input; 4 infrastructure."""
+    """Runs one subcommand. Exit codes: 0; 1 not verified, no parity, data problems; 2 bad input; 4 infrastructure."""
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     folder.add_argument("--generator", default="unknown", metavar="NAME", help="what made the images")
     _output(folder)
     _add_replay_and_checkpoints(add)
+    check_data.add_command(add)
     return parser
 
 
