@@ -66,11 +66,8 @@ def root_cause(error: BaseException) -> BaseException:
     return error if inner is None else root_cause(inner)
 
 
-def connect(*, log_to_driver: bool = False) -> None:
-    """Joins the running Ray cluster. Raises ``InfrastructureError`` when there is none.
-
-    - log_to_driver: show what workers print
-    """
+def connect() -> None:
+    """Joins the running Ray cluster. Raises ``InfrastructureError`` when there is none."""
     if ray.is_initialized():
         return
     # Their plans and long-poll notes say less than our own lines.
@@ -79,7 +76,7 @@ def connect(*, log_to_driver: bool = False) -> None:
     _check_reachable(os.environ.get("RAY_ADDRESS", ""))
     try:
         # The project root is on the workers' path through --working-dir, or PYTHONPATH where Ray was started.
-        ray.init(address="auto", log_to_driver=log_to_driver, logging_level=logging.WARNING)
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise InfrastructureError("no Ray cluster found; start one, or set RAY_ADDRESS") from error
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,12 @@ import ray.train
 import torch
 from ray.train.torch import TorchTrainer
 
-from jobs.score_logs import EXIT_CONFIG, EXIT_OK, fail, say
+from jobs.local_servers import write_token
+from jobs.score_logs import EXIT_CONFIG, EXIT_OK, connect, fail, say
 from jobs.train_config import FLAGS, TrainConfig, build
 from jobs.train_curves import write_curves
 from jobs.train_data import TrainingData, read_training_data
+from jobs.train_progress import Follow
 from jobs.train_worker import Task, base_of, lora_of, objective_of, read_state, train_worker
 from model.code_version import code_version
 from model.errors import AssayError, DivergedError, InfrastructureError, InputError
@@ -32,13 +37,15 @@ from model.llava_reward.training.loop import State
 
 EXIT_DIVERGED = 1
 _STATE_FOLDER = "state"
+_LOCAL_CPUS = 8  # logical: Ray Train asks for places, not for cores
 
 
 def command(arguments: argparse.Namespace) -> int:
     """Trains; exit codes: 0 done, or done before; 1 diverged; 2 data or settings; 4 infrastructure (by the caller)."""
     flags = {name: getattr(arguments, name) for name in (*FLAGS, "workers")}
+    cluster = _local_ray if arguments.local else _joined_ray
     try:
-        train(build(arguments.config, flags), lambda: connect(is_local=arguments.local), say)
+        train(build(arguments.config, flags), cluster, say)
     except DivergedError as error:
         return fail(EXIT_DIVERGED, f"diverged: {error}")
     except InputError as error:
@@ -46,20 +53,36 @@ def command(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def connect(*, is_local: bool) -> None:
-    """Joins the running Ray cluster, or starts one that ends with this process."""
-    if ray.is_initialized():
-        return
-    if not is_local:
-        from jobs.score_logs import connect as join
-
-        join(log_to_driver=True)
-        return
-    ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level=logging.WARNING)
+@contextmanager
+def _joined_ray() -> Iterator[None]:
+    connect()
+    yield
 
 
-def train(config: TrainConfig, join: Callable[[], None], say: Callable[[str], None]) -> None:
-    """One run to its end. ``join`` connects to Ray, after everything that can be checked without it.
+@contextmanager
+def _local_ray() -> Iterator[None]:
+    """A Ray on this machine with a token of its own, which ends with the block."""
+    with tempfile.TemporaryDirectory(prefix="assay-") as folder:
+        token = Path(folder) / "ray-token"
+        write_token(token)
+        # Or Ray would write one into the home folder. The mode stays unset: Ray then turns tokens on by itself.
+        os.environ |= {"RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+        ray.init(
+            address="local",
+            num_cpus=_LOCAL_CPUS,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=f"{folder}/ray",
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def train(config: TrainConfig, cluster: Callable[[], AbstractContextManager[None]], say: Callable[[str], None]) -> None:
+    """One run to its end. ``cluster``: a Ray, entered after everything that can be checked without one.
 
     - raises: ``ConfigError``, ``DivergedError``, ``InputError``, ``InfrastructureError``
     """
@@ -69,9 +92,10 @@ def train(config: TrainConfig, join: Callable[[], None], say: Callable[[str], No
     if (out / writer.SCORER_FILE).exists():
         say(f"{out} is trained already; nothing to do")
         return
-    join()
-    state = _fit(config, data, held_out, say)
-    _write(config, state, data, held_out, say)
+    with cluster():
+        with Follow(out, say):
+            state = _fit(config, data, held_out, say)
+        _write(config, state, data, held_out, say)
 
 
 def _fit(config: TrainConfig, data: TrainingData, held_out: TrainingData | None, say: Callable[[str], None]) -> State:

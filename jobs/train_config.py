@@ -1,4 +1,4 @@
-"""``TrainConfig``: everything that decides a training run, from ``--config`` and flags; a typo fails before any work."""
+"""``TrainConfig``: everything that decides a training run, from ``--config`` and flags; a typo fails at once."""
 
 from __future__ import annotations
 
@@ -19,8 +19,17 @@ FREE = frozenset(
     | {"prepare_threads", "save_every", "log_every", "max_restarts", "output", "name"}
 )
 
-# In the order in which a flag is likely to be wanted; everything else stands in --config.
-FLAGS = ("perspective", "data", "eval_data", "output", "backbone", "image_root", "loss", "name")
+# Flags and what they say; everything else stands in --config.
+FLAGS = {
+    "perspective": "alignment, fidelity, safety or overall",
+    "data": "pairs or labels: JSON, JSONL or Parquet",
+    "eval_data": "held-out records of the same kind",
+    "output": "folder of the new checkpoint, seen by all workers",
+    "backbone": "checkpoint or backbone folder to train on top of",
+    "image_root": "where relative image paths start",
+    "loss": "bt, gpm, cls, or a released loss's name",
+    "name": "of the new checkpoint; the folder's by default",
+}
 
 
 class LoraConfig(BaseModel):
@@ -114,17 +123,14 @@ class TrainConfig(BaseModel):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``assay train``; they win over ``--config``."""
     parser.add_argument("--config", metavar="FILE", help="YAML with every setting (infra/training/); flags win")
-    helps = ("alignment, fidelity, safety or overall", "pairs or labels: JSON, JSONL or Parquet", "held-out records")
-    helps += ("folder of the new checkpoint, seen by all workers", "checkpoint or backbone folder to train on top of")
-    helps += ("where relative image paths start", "bt, gpm, cls, or a released loss's name", "of the new checkpoint")
-    for flag, text in zip(FLAGS, helps, strict=True):
+    for flag, text in FLAGS.items():
         parser.add_argument(f"--{flag.replace('_', '-')}", help=text)
     parser.add_argument("--workers", type=int, help="Ray Train workers (1)")
     parser.add_argument("--local", action="store_true", help="start a Ray of its own on this machine, for this run")
 
 
 def build(path: str | None, flags: dict[str, Any]) -> TrainConfig:
-    """Flags over ``--config`` over defaults. Raises ``ConfigError`` in one line naming the first fault and its place."""
+    """Flags over ``--config`` over defaults. Raises ``ConfigError`` in one line with the first fault and its place."""
     values = _read_yaml(path) if path else {}
     given = {key: value for key, value in flags.items() if value is not None}
     try:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from jobs.train_config import TrainConfig
+from jobs.train_progress import tell
 from model.llava_reward.backbones.families import read_backbone
 from model.llava_reward.checkpoint import load_untrained
 from model.llava_reward.model_config import check_head
@@ -88,14 +89,14 @@ def train_worker(given: dict[str, Task]) -> None:
         if (checkpoint := ray.train.get_checkpoint()) is not None:
             with checkpoint.as_directory() as folder:
                 loop.load(read_state(Path(folder)))
-            _say(f"going on from step {loop.step} of {loop.total_steps}")
+            _say(config, f"going on from step {loop.step} of {loop.total_steps}")
         elif loop.total_steps:
-            _say(f"{loop.total_steps} steps of {config.batch_size} records")
+            _say(config, f"{loop.total_steps} steps of {config.batch_size} records")
 
         def after_step(line: dict[str, float]) -> None:
             is_last = loop.step == loop.total_steps
             if loop.step % config.log_every == 0 or is_last or "eval_loss" in line:
-                _say(_line(line, loop.total_steps))
+                _say(config, _line(line, loop.total_steps))
             if loop.step % config.save_every == 0 or is_last:
                 _save(loop, initial, line)
 
@@ -151,6 +152,6 @@ def _line(line: dict[str, float], total: int) -> str:
     )
 
 
-def _say(text: str) -> None:
+def _say(config: TrainConfig, text: str) -> None:
     if ray.train.get_context().get_world_rank() == 0:
-        print(text, flush=True)
+        tell(Path(config.output), text)

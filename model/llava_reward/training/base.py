@@ -59,9 +59,7 @@ def read_base(name_or_path: str, *, num_crops: int | None = None, licence: str =
     if is_backbone:
         return _of_backbone(path.resolve(), str(path.resolve()), num_crops, licence)
     if num_crops is not None:
-        raise ConfigError(
-            f"num_crops={num_crops}: {name_or_path} is a checkpoint, whose scorer.json says it; leave it out"
-        )
+        raise ConfigError(f"num_crops={num_crops}: scorer.json of {name_or_path} says it; leave it out")
     return _of_bundle(read_bundle(resolve(name_or_path)))
 
 

@@ -2,7 +2,8 @@
 
 The epochs are one endless stream: each epoch a permutation of its own, drawn from the seed and its number. Step k is
 the k-th ``batch_size`` records of it, so a step never has fewer, no epoch loses its rest, and the position in the data
-is the number of the step. Workers cut each step among themselves, and together see the same steps whatever their number.
+is the number of the step. Workers cut each step among themselves: whatever their number, the steps
+are the same.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ class Loop:
             with self._workers.accumulating(self._wrapped, is_last=i == count - 1):
                 outcome = self._outcome(records, self._wrapped(shared))
                 # Averaged over the workers afterwards: the mean over the whole step, whatever the cut.
-                (outcome.loss * (len(records) * world / settings.batch_size)).backward()
+                torch.autograd.backward(outcome.loss * (len(records) * world / settings.batch_size))
             sums.add(outcome, len(records))
             losses.append(outcome.loss.detach())
             seen.append(records)
@@ -196,7 +196,7 @@ class Loop:
         }
 
     def load(self, state: State) -> None:
-        """Go on from ``state``, of this or another number of workers. Raises ``ConfigError`` if it is of another run."""
+        """Go on from ``state``, of any number of workers. Raises ``ConfigError`` if it is of another run."""
         if set(state["parameters"]) != set(self._parameters):
             raise ConfigError("the saved state has other parameters; train into another folder")
         for name, parameter in self._parameters.items():
