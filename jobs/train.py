@@ -6,6 +6,7 @@ The same command after a kill goes on from the last saved state; on a finished r
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import logging
 import os
@@ -29,7 +30,7 @@ from jobs.train_data import TrainingData, read_training_data
 from jobs.train_progress import Follow
 from jobs.train_worker import Task, base_of, lora_of, objective_of, read_state, train_worker
 from model.code_version import code_version
-from model.errors import AssayError, DivergedError, InfrastructureError, InputError
+from model.errors import AssayError, ConfigError, DivergedError, InfrastructureError, InputError
 from model.llava_reward.backbones.families import read_backbone
 from model.llava_reward.training import writer
 from model.llava_reward.training.card import model_card
@@ -37,6 +38,7 @@ from model.llava_reward.training.loop import State
 
 EXIT_DIVERGED = 1
 _STATE_FOLDER = "state"
+_POLL_S = "0.5"
 _LOCAL_CPUS = 8  # logical: Ray Train asks for places, not for cores
 
 
@@ -92,14 +94,27 @@ def train(config: TrainConfig, cluster: Callable[[], AbstractContextManager[None
     if (out / writer.SCORER_FILE).exists():
         say(f"{out} is trained already; nothing to do")
         return
-    with cluster():
+    with _held(out), cluster():
         with Follow(out, say):
             state = _fit(config, data, held_out, say)
         _write(config, state, data, held_out, say)
 
 
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """One run a folder. Raises ``ConfigError`` where another one is at it; a killed run holds nothing."""
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another run trains into {out}; wait for it, or give another --output") from error
+        yield
+
+
 def _fit(config: TrainConfig, data: TrainingData, held_out: TrainingData | None, say: Callable[[str], None]) -> State:
     """The state after the last step. A run whose worker died is gone on with, at most ``max_restarts`` times."""
+    # Ray Train takes note of a saved state when it next asks its workers: what is saved in between, a kill costs.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _POLL_S)
     task = Task(config, ray.put(data.records), ray.put(held_out.records if held_out else ()))
     for restarts in range(config.max_restarts + 1):
         try:

@@ -13,7 +13,7 @@ from model.errors import ConfigError
 from model.llava_reward.processor import LlavaRewardPreprocessor
 from model.llava_reward.training.base import Base
 from model.llava_reward.training.card import DataFacts
-from model.llava_reward.training.inputs import Record, find_unusable, record_id
+from model.llava_reward.training.inputs import Record, find_unusable
 from model.llava_reward.training.loop import margin_of
 from model.llava_reward.training.objective import Objective
 from model.preferences import LabelledImage, PreferenceData, PreferencePair, read_preferences
@@ -108,10 +108,10 @@ def _unusable(config: TrainConfig, data: PreferenceData, base: Base, say: Callab
     if not config.skip_unusable:
         raise ConfigError(f"{summary}. Mend them, or leave them out with skip_unusable: true")
     say(f"left out: {summary}")
-    return {key: f"{error.code}: {error.message}" for key, error in faults.items()}
+    return {str(place): f"{error.code}: {error.message}" for place, error in faults.items()}
 
 
 def _usable(data: PreferenceData, faults: Mapping[str, str]) -> TrainingData:
-    records = tuple(record for record in data.records if record_id(record) not in faults)
+    records = tuple(record for place, record in enumerate(data.records) if str(place) not in faults)
     facts = DataFacts(data.source, data.kind, len(data.records), data.sha256, len(data.records) - len(records))
     return TrainingData(records, facts)

@@ -78,9 +78,8 @@ def _named(side: Side, code: ErrorCode, stage: Stage, why: str) -> InputError:
 
 def find_unusable(
     records: Sequence[Record], preprocessor: LlavaRewardPreprocessor, threads: int
-) -> dict[str, InputError]:
-    """Reads and prepares every side once: the first fault of each record that has one, by record id."""
-    faults: dict[str, InputError] = {}
+) -> dict[int, InputError]:
+    """Reads and prepares every side once: the first fault of each record that has one, by its place."""
 
     def fault_of(side: Side) -> InputError | None:
         try:
@@ -92,11 +91,9 @@ def find_unusable(
     distinct = {side.key: side for side in sides_of(records)}
     with ThreadPoolExecutor(threads) as pool:
         by_key = dict(zip(distinct, pool.map(fault_of, distinct.values()), strict=True))
-    for side in sides_of(records):
-        error = by_key[side.key]
-        if error is not None:
-            faults.setdefault(side.record_id, error)
-    return faults
+    found = ([by_key[side.key] for side in sides_of([record])] for record in records)
+    first = (next((error for error in errors if error is not None), None) for errors in found)
+    return {place: error for place, error in enumerate(first) if error is not None}
 
 
 class Tower:
@@ -118,18 +115,17 @@ class Tower:
         return side.key in self._kept
 
     @torch.no_grad()
-    def share(self, sides: Sequence[Side], arrays: Sequence[Arrays | None]) -> Any:
-        """One batch after the tower, without gradients. ``arrays``: None where the side is kept."""
+    def share(self, sides: Sequence[Side], samples: Sequence[Any]) -> Any:
+        """One batch after the tower, without gradients. ``samples``: of the backbone; None where the side is kept."""
         if not self._has_cache:
-            samples = [self.backbone.sample(given, self.device) for given in arrays if given is not None]
             return self.backbone.share(self.vision, samples)
-        return self.backbone.join([self._one(side, given) for side, given in zip(sides, arrays, strict=True)])
+        return self.backbone.join([self._one(side, sample) for side, sample in zip(sides, samples, strict=True)])
 
-    def _one(self, side: Side, arrays: Arrays | None) -> Any:
+    def _one(self, side: Side, sample: Any) -> Any:
         if side.key in self._kept:
             return self._kept[side.key]
-        assert arrays is not None, f"record {side.record_id!r} was neither kept nor prepared"
-        shared = self.backbone.share(self.vision, [self.backbone.sample(arrays, self.device)])
+        assert sample is not None, f"record {side.record_id!r} was neither kept nor prepared"
+        shared = self.backbone.share(self.vision, [sample])
         size = _size_bytes(shared)
         if size <= self._free_bytes:
             self._free_bytes -= size
@@ -163,7 +159,7 @@ class Feeder:
 
     def feed(self, batches: Iterable[Sequence[Record]]) -> Iterator[tuple[Sequence[Record], Any]]:
         """(records, batch after the tower) in order. Raises what ``prepare`` raises, at its micro-batch."""
-        waiting: deque[tuple[Sequence[Record], list[Side], list[Future[Arrays] | None]]] = deque()
+        waiting: deque[tuple[Sequence[Record], list[Side], list[Future[Any] | None]]] = deque()
         source = iter(batches)
         while True:
             while len(waiting) <= self._ahead and (records := next(source, None)) is not None:
@@ -172,8 +168,11 @@ class Feeder:
             if not waiting:
                 return
             records, sides, futures = waiting.popleft()
-            arrays = [None if future is None else future.result() for future in futures]
-            yield records, self._tower.share(sides, arrays)
+            samples = [None if future is None else future.result() for future in futures]
+            yield records, self._tower.share(sides, samples)
 
-    def _submit(self, side: Side) -> Future[Arrays] | None:
-        return None if self._tower.is_kept(side) else self._pool.submit(prepare, side, self._preprocessor)
+    def _submit(self, side: Side) -> Future[Any] | None:
+        return None if self._tower.is_kept(side) else self._pool.submit(self._sample, side)
+
+    def _sample(self, side: Side) -> Any:
+        return self._tower.backbone.sample(prepare(side, self._preprocessor), self._tower.device)
