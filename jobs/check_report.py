@@ -20,10 +20,11 @@ def as_lines(summaries: Sequence[Summary], findings: Sequence[Finding]) -> Itera
     for title, some in (("problems", problems), ("notes (perhaps meant so; look at them)", notes)):
         if some:
             yield title
-        for finding in some:
-            yield from _finding(finding, with_place=len(summaries) > 1)
-    found = f"{len(problems)} kinds of problem" if problems else "no problems"
-    yield f"{found}, {len(notes)} kinds of note" if notes else found
+            for finding in some:
+                yield from _finding(finding, with_place=len(summaries) > 1)
+            yield ""
+    found = f"kinds of problem: {len(problems)}" if problems else "no problems"
+    yield f"{found}, kinds of note: {len(notes)}" if notes else found
 
 
 def _counts(one: Summary) -> Iterator[str]:
@@ -57,7 +58,7 @@ def _shares(counts: dict[str, int], prefix: str) -> str:
 
 def _finding(one: Finding, *, with_place: bool) -> Iterator[str]:
     place = f"{one.where}: " if with_place else ""
-    yield f"  {place}{one.count} {one.text}"
+    yield f"  {place}{one.text}: {one.count}"
     yield f"      {one.remedy}"
     for example in one.examples:
         yield f"    - {example if len(example) <= _MAX_CHARS else example[: _MAX_CHARS - 1] + '…'}"

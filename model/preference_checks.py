@@ -87,25 +87,25 @@ def _images(one: DataSet, collect: _Collector) -> None:
     faults: dict[str, list[str]] = defaultdict(list)
     for uri, facts in one.images.items():
         if isinstance(facts, ImageFault):
-            faults[facts.code].append(facts.message if uri in facts.message else f"{uri}: {facts.message}")
+            faults[facts.code].append(facts.message if repr(uri) in facts.message else f"{uri}: {facts.message}")
     for code, messages in faults.items():
-        text, remedy = f"images cannot be read: {code}", "mend them, or remove the records that name them"
+        text, remedy = f"images that cannot be read ({code})", "mend them, or remove the records that name them"
         collect.add("unreadable_image", "problem", one.name, text, remedy, messages)
     copies = (" = ".join(uris) for uris in one.contents.values() if len(uris) > 1)
-    text, remedy = "images lie under more than one name (the same bytes)", "name each by one path"
+    text, remedy = "images under more than one name (the same bytes)", "name each by one path"
     collect.add("same_image", "note", one.name, text, remedy, copies)
 
 
 def _records(one: DataSet, collect: _Collector) -> None:
     ids = Counter(record_id(record) for record in one.data.records)
-    text, remedy = "ids stand more than once", "give each record its own id, or none"
+    text, remedy = "ids that stand more than once", "give each record its own id, or none"
     collect.add("repeated_id", "problem", one.name, text, remedy, (name for name, count in ids.items() if count > 1))
     repeated = (
         f"{', '.join(map(record_id, records[:4]))}{', …' if len(records) > 4 else ''}: {shown(records[0].prompt)}"
         for records in _by_content(one).values()
         if len(records) > 1
     )
-    text, remedy = "records stand more than once, and would count so often", "keep one of each"
+    text, remedy = "records that stand more than once, and would count so often", "keep one of each"
     collect.add("repeated_record", "problem", one.name, text, remedy, repeated)
 
 
@@ -122,24 +122,24 @@ def _pairs(one: DataSet, collect: _Collector) -> None:
     edges = [one.edge(pair) for pair in one.pairs]
     named = [f"{pair.pair_id}: {shown(pair.prompt)}" for pair in one.pairs]
     same = (name for name, (chosen, rejected) in zip(named, edges, strict=True) if chosen == rejected)
-    text, remedy = "pairs have the same image and caption on both sides", "remove them"
+    text, remedy = "pairs with the same image and caption on both sides", "remove them"
     collect.add("identical_sides", "problem", one.name, text, remedy, same)
     first = dict(zip(reversed(edges), reversed(one.pairs), strict=True))
     against = (
         f"{first[edge].pair_id} against {first[edge[1], edge[0]].pair_id}: {shown(first[edge].prompt)}"
         for edge in contradictions(edges)
     )
-    text, remedy = "pairs stand in both orders", "keep the order that most people chose, or neither"
+    text, remedy = "pairs that stand in both orders", "keep the order that most people chose, or neither"
     collect.add("contradictory_pairs", "problem", one.name, text, remedy, against)
     rings = (f"{_ring(one, ring)}: {shown(ring[0][0])}" for ring in cycles(edges))
-    text = "prompts have preferences that run in a circle (pairs in both orders left aside)"
+    text = "preferences that run in a circle (pairs in both orders left aside)"
     collect.add("cycle", "problem", one.name, text, "remove one pair of each circle", rings)
     rates = (
         f"{pair.pair_id}: chosen {pair.chosen_rate:g}, rejected {pair.rejected_rate:g}"
         for pair in one.pairs
         if pair.chosen_rate is not None and pair.rejected_rate is not None and pair.chosen_rate < pair.rejected_rate
     )
-    text, remedy = "pairs are rated lower on the chosen side", "fine where 1 is the best rate, else swap the sides"
+    text, remedy = "pairs rated lower on the chosen side", "fine where 1 is the best rate, else swap the sides"
     collect.add("rates_against_order", "note", one.name, text, remedy, rates)
 
 
@@ -157,47 +157,49 @@ def _labels(one: DataSet, collect: _Collector) -> None:
         for found in by_label.values()
         if len(found) == 2
     )
-    text, remedy = "images have both labels", "decide on one, or remove them"
+    text, remedy = "images with both labels", "decide on one, or remove them"
     collect.add("both_labels", "problem", one.name, text, remedy, both)
     counts = Counter(image.label for image in one.labelled)
     if counts and (share := min(counts[0], counts[1]) / counts.total()) < SMALL_SHARE:
         rare = 0 if counts[0] < counts[1] else 1
         level: Level = "note" if share else "problem"
-        text = f"of {counts.total()} images ({share:.1%}) have the label {rare}"
+        text = f"label {rare} among {counts.total()} images ({share:.1%})"
         remedy = "add images of that class; few of them are hard to learn from and to measure with"
         collect.findings.append(Finding("class_balance", level, one.name, counts[rare], text, remedy, ()))
 
 
 def _prompts(one: DataSet, collect: _Collector) -> None:
     empty = (record_id(record) for record in one.data.records if not all(p.strip() for p in prompts_of(record)))
-    text, remedy = "records have an empty prompt", "fine for safety; alignment cannot be learnt from them"
+    text, remedy = "records with an empty prompt", "fine for safety; alignment cannot be learnt from them"
     collect.add("empty_prompt", "note", one.name, text, remedy, empty)
     long = (
         f"{record_id(record)}: {size} characters"
         for record in one.data.records
         if (size := max(map(len, prompts_of(record)))) > LONG_PROMPT_CHARS
     )
-    text, remedy = f"records have a prompt above {LONG_PROMPT_CHARS} characters", "look whether it is one prompt"
+    text, remedy = f"records with a prompt above {LONG_PROMPT_CHARS} characters", "look whether it is one prompt"
     collect.add("long_prompt", "note", one.name, text, remedy, long)
 
 
 def _leaks(train: DataSet, test: DataSet, collect: _Collector) -> None:
     where = _both([train, test])
     shared = (
-        f"{train.contents[content][0]} = {uris[0]}" for content, uris in test.contents.items() if _is_in(train, content)
+        " = ".join(dict.fromkeys((train.contents[content][0], uris[0])))
+        for content, uris in test.contents.items()
+        if _is_in(train, content)
     )
     remedy = "remove them from one of the two"
-    collect.add("leaked_image", "problem", where, "images are in both (the same bytes)", remedy, shared)
+    collect.add("leaked_image", "problem", where, "images in both (the same bytes)", remedy, shared)
     known = {frozenset(train.edge(pair)): pair for pair in train.pairs}
     pairs = (
         f"{known[sides].pair_id} = {pair.pair_id}: {shown(pair.prompt)}"
         for pair in test.pairs
         if (sides := frozenset(test.edge(pair))) in known
     )
-    collect.add("leaked_pair", "problem", where, "pairs of the test are in both, in whatever order", remedy, pairs)
+    collect.add("leaked_pair", "problem", where, "pairs of the test in both, in whatever order", remedy, pairs)
     prompts = {prompt for record in train.data.records for prompt in prompts_of(record) if prompt.strip()}
     seen = dict.fromkeys(prompt for record in test.data.records for prompt in prompts_of(record) if prompt in prompts)
-    text, remedy = "prompts are in both", "split by prompt, if the test is to tell about new ones"
+    text, remedy = "prompts in both", "split by prompt, if the test is to tell about new ones"
     collect.add("leaked_prompt", "note", where, text, remedy, map(shown, seen))
 
 
@@ -227,9 +229,12 @@ def _lookalikes(train: DataSet, test: DataSet | None, collect: _Collector) -> No
             if test is not None and _only_in(train, test, of_train) and _only_in(test, train, of_test):
                 leaks.setdefault(of_test, f"{train.contents[of_train][0]} ~ {test.contents[of_test][0]}")
     for one in sets:
-        text, remedy = "pairs of images look alike and differ in bytes", "look at them; copies count twice"
+        text, remedy = "pairs of images that look alike and differ in bytes", "look at them; copies count twice"
         collect.put("near_image", "note", one.name, text, remedy, within[one.name])
-    text, remedy = "images of the test look like one of the training", "look at them; remove what is the same picture"
+    text, remedy = (
+        "images of the test that look like one of the training",
+        "look at them; remove what is the same picture",
+    )
     collect.add("leaked_near_image", "problem", _both(sets), text, remedy, leaks.values())
 
 

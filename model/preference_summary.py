@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from statistics import median
 
-from model.image_hash import MAX_DISTANCE, distance
+from model.image_hash import is_near
 from model.preference_set import DataSet, ImageFacts, prompts_of
 from model.preferences import LabelledImage, PreferencePair, Record
 
@@ -72,7 +72,7 @@ def _is_alike(one: DataSet, pair: PreferencePair) -> bool:
     chosen, rejected = one.images[pair.chosen], one.images[pair.rejected]
     if not isinstance(chosen, ImageFacts) or not isinstance(rejected, ImageFacts) or chosen.sha256 == rejected.sha256:
         return False
-    return distance(chosen.near_hash, rejected.near_hash) <= MAX_DISTANCE
+    return is_near(chosen.near_hash, rejected.near_hash)
 
 
 def _groups(records: tuple[Record, ...]) -> dict[str, dict[str, dict[str, int]]]:
