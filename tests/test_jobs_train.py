@@ -24,7 +24,7 @@ from jobs.local_stack import LocalStack
 from jobs.train_config import TrainConfig, build
 from jobs.train_curves import write_curves
 from jobs.train_progress import PROGRESS_FILE, Follow, tell
-from model.errors import ConfigError
+from model.errors import ConfigError, DivergedError
 from model.scorer import load
 from tests.train_helpers import draw
 
@@ -303,3 +303,31 @@ def test_what_may_change_is_what_decides_nothing() -> None:
     one, other = TrainConfig(**base), TrainConfig(**base, workers=2, micro_batch=8, save_every=1)
     assert one.decisive() == other.decisive()
     assert one.decisive() != TrainConfig(**base, seed=1).decisive()
+
+
+def test_errors_of_workers_are_told_apart() -> None:
+    import ray.exceptions
+    import ray.train
+
+    from jobs import train as run
+
+    config = TrainConfig(perspective="safety", data="a", output="/b", backbone="demo")
+    lost, broken = ConnectionError("peer closed"), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(DivergedError, match="step 3"):
+        run._raise_ours(ray.train.WorkerGroupError("", {0: lost, 1: DivergedError("step 3")}))
+    died = ray.train.WorkerGroupError("", {0: lost, 1: ray.exceptions.ActorDiedError()})
+    failed = ray.train.WorkerGroupError("", {0: broken})
+    assert [run._has_death(died), run._has_death(failed)] == [True, False]
+    explained = run._explained(config, failed)
+    assert "worker 0: RuntimeError: CUDA out of memory" in explained
+    assert "Out of memory with micro_batch=4" in explained
+    assert "Out of memory" not in run._explained(config, died)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    from jobs import train as run
+
+    with run._held(tmp_path), pytest.raises(ConfigError, match="another run trains into"), run._held(tmp_path):
+        pass
+    with run._held(tmp_path):
+        pass
