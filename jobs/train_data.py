@@ -113,5 +113,7 @@ def _unusable(config: TrainConfig, data: PreferenceData, base: Base, say: Callab
 
 def _usable(data: PreferenceData, faults: Mapping[str, str]) -> TrainingData:
     records = tuple(record for place, record in enumerate(data.records) if str(place) not in faults)
-    facts = DataFacts(data.source, data.kind, len(data.records), data.sha256, len(data.records) - len(records))
-    return TrainingData(records, facts)
+    ones = [record.label for record in records if isinstance(record, LabelledImage)]
+    majority = max(sum(ones), len(ones) - sum(ones)) / len(ones) if ones else None
+    skipped = len(data.records) - len(records)
+    return TrainingData(records, DataFacts(data.source, data.kind, len(data.records), data.sha256, skipped, majority))

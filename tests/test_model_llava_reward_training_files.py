@@ -148,7 +148,7 @@ def test_the_card_tells_data_settings_and_metrics() -> None:
     text = model_card(
         "mine",
         trained,
-        data=DataFacts("s3://bucket/labels.json", "unpaired", 40, "abc123", skipped=2),
+        data=DataFacts("s3://bucket/labels.json", "unpaired", 40, "abc123", skipped=2, majority=0.75),
         held_out=None,
         config={"learning_rate": 0.0002},
         history=[line],
@@ -162,5 +162,6 @@ def test_the_card_tells_data_settings_and_metrics() -> None:
         "| training | 0.2500 | 0.8750",
     ):
         assert part in text
+    assert "| always the commoner label | | 0.7500 | |" in text  # what 0.875 must be compared with
     assert "held out: nothing" in text
     assert "| lora | 10 | 0.5 |" in text

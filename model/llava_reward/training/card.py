@@ -21,13 +21,18 @@ _SYMMETRIC_NOTE = "This loss does not know which image is the better one: do not
 
 @dataclass(frozen=True)
 class DataFacts:
-    """- source: as given; sha256: of the records; skipped: records left out because an image could not be used"""
+    """What is told of a set of records.
+
+    - source: as given; sha256: of the records; skipped: records left out because an image could not be used
+    - majority: share of the commoner label among those that are used, in [0.5, 1]; None for pairs
+    """
 
     source: str
     kind: str
     records: int
     sha256: str
     skipped: int = 0
+    majority: float | None = None
 
 
 def model_card(
@@ -64,6 +69,7 @@ def model_card(
         "|---|---|---|---|",
         _row("training", _mean(history[-20:])),
         *([_row("held out", {key: last[f"eval_{key}"] for key in _KEYS})] if "eval_loss" in last else []),
+        *_majority_row(held_out or data),
         "",
         "## What was trained",
         "",
@@ -94,6 +100,11 @@ def _note(objective: Objective) -> str:
 def _data_lines(what: str, data: DataFacts) -> list[str]:
     skipped = f"; {data.skipped} left out because an image could not be used" if data.skipped else ""
     return [f"- {what}: `{data.source}`, {data.records} {data.kind} records{skipped}", f"  sha256 `{data.sha256}`"]
+
+
+def _majority_row(data: DataFacts) -> list[str]:
+    """What an accuracy must be compared with: that of a head which has learnt nothing but which label is commoner."""
+    return [] if data.majority is None else [f"| always the commoner label | | {data.majority:.4f} | |"]
 
 
 def _mean(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
