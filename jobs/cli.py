@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from jobs import check_data
 from jobs import manifest as manifests
 from jobs.folder_log import Prompts, log_from_folder
 from jobs.garbage import collect
@@ -21,6 +22,7 @@ from jobs.query import as_text, printable, run_query
 from jobs.rejudge import rejudge
 from jobs.run import new_run_id
 from jobs.score_logs import EXIT_CONFIG, EXIT_INFRASTRUCTURE, EXIT_OK, fail, say
+from jobs.train_config import add_arguments as add_train_arguments
 from jobs.verify import VerificationError, verify_night
 from model.checkpoint_list import list_checkpoints, notes
 from model.errors import ConfigError, InfrastructureError, TransientError
@@ -32,7 +34,7 @@ EXIT_NOT_VERIFIED = 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one subcommand. Exit codes: 0; 1 not verified, no parity; 2 bad arguments or input; 4 infrastructure."""
+    """Runs one subcommand. Exit codes: 0; 1 not verified, no parity, data problems; 2 bad input; 4 infrastructure."""
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
@@ -75,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _output(collected, has_date=False)
     _add_folder_commands(add)
     _add_replay_and_checkpoints(add)
+    check_data.add_command(add)
     return parser
 
 
@@ -120,6 +123,8 @@ def _add_replay_and_checkpoints(add: Callable[..., argparse.ArgumentParser]) -> 
     parity.add_argument("--image-root", metavar="URI", help="where relative image paths start")
     parity.add_argument("--allow-bucket", action="append", metavar="BUCKET", help="bucket of images; repeatable")
     _output(parity)
+    trained = add("train", _train, "train one perspective on preference pairs or labels")
+    add_train_arguments(trained)
     listed = add("checkpoints", _checkpoints, "list the shipped and the published checkpoints")
     listed.add_argument("--format", choices=["table", "json"], default="table")
 
@@ -266,6 +271,12 @@ def _convert(arguments: argparse.Namespace) -> int:
         "policy for it must name the new"
     )
     return EXIT_OK
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from jobs.train import command  # torch and Ray Train, which no other command here needs
+
+    return command(arguments)
 
 
 def _checkpoints(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -143,7 +144,7 @@ def parse_arguments(argv: list[str]) -> JobConfig:
         in_file = values.get("map") or {}
         if not isinstance(in_file, dict):
             raise ConfigError(f"map: must be a mapping of fields to columns (got {in_file!r})")
-        flags["map"] = {**in_file, **_parse_map(flags["map"])}
+        flags["map"] = {**in_file, **parse_map(flags["map"])}
     for name in ("drop_columns", "hash_columns"):
         if name in flags:
             flags[name] = [part for part in flags[name].split(",") if part]
@@ -194,7 +195,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parse_map(pairs: list[str]) -> dict[str, str]:
+def parse_map(pairs: Sequence[str]) -> dict[str, str]:
+    """``field=column`` of each ``--map``. Raises ``ConfigError`` for one without ``=``."""
     mapping = {}
     for pair in pairs:
         field, separator, column = pair.partition("=")

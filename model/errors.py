@@ -86,3 +86,7 @@ class ConfigError(AssayError):
 
 class InfrastructureError(AssayError):
     """The cluster or storage cannot do the work that was asked. jobs: exit 4."""
+
+
+class DivergedError(AssayError):
+    """Training left the finite numbers; the same run again would, too. jobs: exit 1."""

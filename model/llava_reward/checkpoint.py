@@ -20,7 +20,7 @@ from model.llava_reward.adapter_file import LORA_CONFIG, inside, member_of
 from model.llava_reward.backbones.families import read_backbone
 from model.llava_reward.backbones.interface import Backbone, WeightNames
 from model.llava_reward.bundle import adapter_weights, backbone_weights
-from model.llava_reward.config import read_head_config, read_lora_config
+from model.llava_reward.config import HeadConfig, read_head_config, read_lora_config
 from model.llava_reward.lora import LoraPair, lora_pairs
 from model.llava_reward.model_config import check_head
 from model.llava_reward.network import RewardBranch, RewardNetwork
@@ -198,3 +198,21 @@ def _head_tensors(path: Path, projector: str, expected: Iterable[str]) -> Tensor
     if unknown:
         raise ConfigError(f"{path}: surplus or repeated tensors {sorted(unknown)}")
     return found
+
+
+def load_untrained(
+    backbone: Backbone[Any, Any], folder: Path, head: HeadConfig, *, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Module, RewardBranch]:
+    """Image tower and the branch of a new perspective: the backbone's own projector, no LoRA, a head of zeros.
+
+    - backbone: of the configuration in ``folder``
+    - raises: ``ConfigError`` as ``load_network`` does
+    """
+    with torch.device("meta"):
+        vision, branch = backbone.build_vision(), RewardBranch(backbone, head)
+    tensors = _load_backbone(folder, backbone.names)
+    _fill(vision, _take(tensors, backbone.names.vision, vision), f"{folder} (image tower)", device, dtype)
+    head_names = {name for name in branch.state_dict() if name.endswith(_HEAD_NAMES) and name not in tensors}
+    tensors |= {name: torch.zeros(branch.state_dict()[name].shape) for name in head_names}
+    _fill(branch, tensors, str(folder), device, dtype)
+    return vision, branch

@@ -70,14 +70,19 @@ def lora_pairs(
 
 def lora_modules(targets: Iterable[str], backbone: Backbone[Any, Any]) -> list[str]:
     """The modules that an adapter must change. Targets are last names or, as qwen and llava have them, whole paths."""
-    names, wanted = backbone.names, {backbone.names.rename(target) for target in targets}
-    modules = [
-        (f"{names.layers}{layer}.{part}.{projection}", projection)
+    wanted = {backbone.names.rename(target) for target in targets}
+    return [module for module in layer_projections(backbone) if module in wanted or module.rpartition(".")[2] in wanted]
+
+
+def layer_projections(backbone: Backbone[Any, Any]) -> list[str]:
+    """The modules that LoRA can change: all projections of all layers, under their names here."""
+    names = backbone.names
+    return [
+        f"{names.layers}{layer}.{part}.{projection}"
         for layer in range(backbone.num_layers)
         for part, projections in names.projections.items()
         for projection in projections
     ]
-    return [module for module, last in modules if module in wanted or last in wanted]
 
 
 def _fits(pair: Mapping[str, Tensor], rank: int) -> bool:

@@ -74,8 +74,9 @@ class RewardBranch(nn.Module):
         is_padding = torch.arange(tokens.shape[1], device=tokens.device) >= counts[:, None]
         # Captions of one picture ask it together, so that its tokens are not copied for each of them.
         place = torch.tensor([pictures.numbers, pictures.slots()], device=tokens.device)
-        queries = end.hidden.new_zeros(len(shown), max(pictures.slots()) + 1, tokens.shape[-1])  # (k, m, h)
-        queries[place[0], place[1]] = self.W_q(end.hidden) @ self.W_k.weight
+        asked = self.W_q(end.hidden) @ self.W_k.weight
+        queries = asked.new_zeros(len(shown), max(pictures.slots()) + 1, tokens.shape[-1])  # (k, m, h)
+        queries[place[0], place[1]] = asked
         scores = torch.einsum("knh,kmh->kmn", tokens, queries).float() / math.sqrt(tokens.shape[-1])
         # Padding must weigh nothing, or a reward would depend on the largest image of its batch.
         weights = scores.masked_fill(is_padding[:, None], -math.inf).softmax(-1).to(tokens.dtype)

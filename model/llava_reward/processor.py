@@ -142,6 +142,7 @@ class LlavaRewardPreprocessor:
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
+        self.max_image_bytes = bundle.max_image_bytes
         self._inputs = _INPUTS[bundle.family](bundle)
         tokenizer_path = bundle.backbone / "tokenizer.json"
         self.tokenizer = PromptTokenizer(tokenizer_path, self._inputs.text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.errors import InfrastructureError
 from model.golden import GOLDEN_FILE
 from model.llava_reward.backbones.phi3v import Phi3VBackbone, read_backbone
+from model.llava_reward.bundle import read_bundle
 from model.llava_reward.config import HeadConfig
 from model.llava_reward.network import RewardBranch
 from model.llava_reward.tiny_tokenizer import END, build_tokenizer
 from model.modes import EXACT, FEW_CROPS
 from model.perspectives import Perspective
-from model.schema import Generation, ScoreRecord
+from model.schema import Generation
 from model.scorer import load
 
 _SEED = 20
@@ -86,8 +88,12 @@ def write_checkpoint(out: Path, seed: int = _SEED) -> None:
     write_golden(out, seed)
 
 
-def write_golden(out: Path, seed: int = _SEED) -> None:
-    """Score three small pictures with the bundle in ``out`` and keep the rewards beside them."""
+def write_golden(out: Path, seed: int = _SEED, *, device: str = "cpu", is_scaled: bool = False) -> None:
+    """Score three small pictures with the bundle in ``out`` and keep the rewards beside them.
+
+    - is_scaled: a bfloat16 tolerance that grows with the largest reward, for heads whose scale nobody chose
+    - raises: ``InfrastructureError`` if a picture has no reward
+    """
     (out / GOLDEN_FILE).unlink(missing_ok=True)
     (out / "golden").mkdir(exist_ok=True)
     generations = []
@@ -95,16 +101,31 @@ def write_golden(out: Path, seed: int = _SEED) -> None:
         name = f"golden/{i}.png"
         _picture(np.random.default_rng(seed + i), *size).save(out / name, optimize=True)
         generations.append(Generation(name, prompt, (out / name).read_bytes()))
-    exact, coarse = (load(out, mode=mode).score(generations) for mode in (EXACT, FEW_CROPS))
+    # The mode is for phi3v alone, and a checkpoint of one crop has none to leave out.
+    bundle = read_bundle(out)
+    modes = (EXACT, FEW_CROPS) if bundle.family == "phi3v" and bundle.num_crops > 1 else (EXACT,)
+    exact, *coarse = (_values(out, generations, mode, device) for mode in modes)
     cases = [
-        {"image": g.generation_id, "prompt": g.prompt, "values": _rounded(one), FEW_CROPS: _rounded(other)}
-        for g, one, other in zip(generations, exact, coarse, strict=True)
+        {"image": g.generation_id, "prompt": g.prompt, "values": own} for g, own in zip(generations, exact, strict=True)
     ]
-    _write_json(out / GOLDEN_FILE, {"tolerance": {"float32": 1e-3, "bfloat16": 5e-2}, "cases": cases})
+    for values in coarse:
+        cases = [case | {FEW_CROPS: own} for case, own in zip(cases, values, strict=True)]
+    largest = max(1.0, *(abs(value) for case in exact for row in case.values() for value in row))
+    tolerance = {"float32": 1e-3, "bfloat16": round(5e-2 * (largest if is_scaled else 1.0), 3)}
+    _write_json(out / GOLDEN_FILE, {"tolerance": tolerance, "cases": cases})
 
 
-def _rounded(record: ScoreRecord) -> dict[Perspective, list[float]]:
-    return {p: [round(reward, 6)] for p, reward in record.rewards.items()}
+def _values(
+    out: Path, generations: Sequence[Generation], mode: str, device: str
+) -> list[dict[Perspective, list[float]]]:
+    """Rewards in a mode, per generation and perspective; those of general preference have several values."""
+    found = []
+    for generation, record in zip(generations, load(out, device=device, mode=mode).score(generations), strict=True):
+        if record.error is not None:
+            raise InfrastructureError(f"{out}: {generation.generation_id} has no reward: {record.error.message}")
+        values = {p: (r,) for p, r in record.rewards.items()} | dict(record.reward_vectors)
+        found.append({p: [round(value, 6) for value in row] for p, row in values.items()})
+    return found
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -61,43 +61,52 @@ def embed(embedding: nn.Module, input_ids: Tensor, image_tokens: Tensor) -> Tens
     return embedded.masked_scatter(slots, image_tokens.to(embedded.dtype))
 
 
-class Heads:
+class Heads(nn.Module):
     """Attention of a LLaMA-style layer in the steps of ``layers.Attention``."""
 
     def __init__(self, attention: Any) -> None:
-        self._attention = attention
+        super().__init__()
+        self.q_proj: nn.Module = attention.q_proj
+        self.k_proj: nn.Module = attention.k_proj
+        self.v_proj: nn.Module = attention.v_proj
+        self.o_proj: nn.Module = attention.o_proj
+        self._head_dim: int = attention.head_dim
+        self._groups: int = attention.num_key_value_groups
 
-    def _project(self, name: str, hidden: Tensor) -> Tensor:
-        projected = getattr(self._attention, name)(hidden)
-        heads: Tensor = projected.view(*hidden.shape[:-1], -1, self._attention.head_dim).transpose(1, 2)
-        return heads
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.view(*projected.shape[:-1], -1, self._head_dim).transpose(1, 2)
 
     def heads_of(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         return self.query_of(hidden, rope), *self.keys_of(hidden, rope)
 
     def keys_of(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        return apply_rope(self._project("k_proj", hidden), *rope), self._project("v_proj", hidden)
+        return apply_rope(self._heads(self.k_proj(hidden)), *rope), self._heads(self.v_proj(hidden))
 
     def query_of(self, hidden: Tensor, rope: Rope) -> Tensor:
-        return apply_rope(self._project("q_proj", hidden), *rope)
+        return apply_rope(self._heads(self.q_proj(hidden)), *rope)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        groups = self._attention.num_key_value_groups
-        if groups != 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        if self._groups != 1:
+            k, v = k.repeat_interleave(self._groups, 1), v.repeat_interleave(self._groups, 1)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        out: Tensor = self._attention.o_proj(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
 
-class TakenApart:
-    """A decoder layer of transformers as a ``layers.Layer``: its modules, without its way to call them."""
+class TakenApart(layers.Layer):
+    """A decoder layer of transformers: its modules under their names, without its way to call them."""
 
     def __init__(self, layer: Any) -> None:
-        self.input_layernorm: nn.Module = layer.input_layernorm
+        super().__init__()
+        self.input_layernorm = layer.input_layernorm
         self.self_attn = Heads(layer.self_attn)
-        self.post_attention_layernorm: nn.Module = layer.post_attention_layernorm
-        self.mlp: nn.Module = layer.mlp
+        self.post_attention_layernorm = layer.post_attention_layernorm
+        self.mlp = layer.mlp
+
+
+def take_apart(language_model: Any) -> None:
+    """Put a ``TakenApart`` in the place of each layer."""
+    language_model.layers = nn.ModuleList(TakenApart(layer) for layer in language_model.layers)
 
 
 def end_hidden(language_model: Any, embedded: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
@@ -106,5 +115,5 @@ def end_hidden(language_model: Any, embedded: Tensor, position_ids: Tensor, layo
     - position_ids: what the model's rotary positions take, ``(b, l)`` or for qwen ``(3, b, l)``
     """
     cosines, sines = language_model.rotary_emb(embedded, position_ids)
-    parts = [TakenApart(layer) for layer in language_model.layers]
-    return layers.end_hidden(parts, language_model.norm, embedded, (cosines[:, None], sines[:, None]), layout)
+    rope = cosines[:, None], sines[:, None]
+    return layers.end_hidden(language_model.layers, language_model.norm, embedded, rope, layout)

@@ -126,6 +126,10 @@ class Backbone(ABC, Generic[SampleT, SharedT]):
         """Everything that all perspectives have in common: the tower runs here, once per picture."""
 
     @abstractmethod
+    def join(self, parts: Sequence[SharedT]) -> SharedT:
+        """Batches that went through the tower one by one as one batch, in order: the tower need not run again."""
+
+    @abstractmethod
     def project(self, model: nn.Module, shared: SharedT) -> Sequence[Tensor]:
         """Image tokens as they enter the language model, per sample ``(n, h)``, one tensor for one picture.
 

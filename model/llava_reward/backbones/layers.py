@@ -7,7 +7,7 @@ Letters: b: sequences, l: their length, d: head dimension, h: hidden size, m: en
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -35,19 +35,6 @@ class Attention(Protocol):
         ...
 
 
-class Layer(Protocol):
-    """A pre-norm decoder layer, named as in the published files."""
-
-    @property
-    def input_layernorm(self) -> nn.Module: ...
-    @property
-    def self_attn(self) -> Attention: ...
-    @property
-    def post_attention_layernorm(self) -> nn.Module: ...
-    @property
-    def mlp(self) -> nn.Module: ...
-
-
 class Layout(Protocol):
     """Which token sees which, and where the end tokens are."""
 
@@ -66,6 +53,25 @@ class Layout(Protocol):
     def stacked(self, times: int) -> Layout:
         """Of ``times * b`` sequences, where this one is of ``b``: the same ``times`` over."""
         ...
+
+
+class Layer(nn.Module):
+    """A pre-norm decoder layer, its parts named as in the published files."""
+
+    input_layernorm: nn.Module
+    self_attn: Attention
+    post_attention_layernorm: nn.Module
+    mlp: nn.Module
+
+    def forward(self, step: Step, hidden: Tensor, rope: Rope, layout: Layout) -> Tensor:
+        """One of the steps below, as a call of the module.
+
+        Training hangs on to calls: to gather a layer's weights from several workers, or to compute it twice.
+        """
+        return step(self, hidden, rope, layout)
+
+
+Step = Callable[[Layer, Tensor, Rope, Layout], Tensor]
 
 
 def every_token(layer: Layer, hidden: Tensor, rope: Rope, layout: Layout) -> Tensor:
@@ -89,6 +95,6 @@ def end_tokens(layer: Layer, hidden: Tensor, rope: Rope, layout: Layout) -> Tens
 def end_hidden(layers: Sequence[Layer], norm: nn.Module, embedded: Tensor, rope: Rope, layout: Layout) -> Tensor:
     """Hidden states of all end tokens after the final norm: ``(b, l, h)`` to ``(b * m, h)``."""
     for layer in layers[:-1]:
-        embedded = every_token(layer, embedded, rope, layout)
-    hidden: Tensor = norm(end_tokens(layers[-1], embedded, rope, layout))
+        embedded = layer(every_token, embedded, rope, layout)
+    hidden: Tensor = norm(layers[-1](end_tokens, embedded, rope, layout))
     return hidden.flatten(0, 1)

@@ -52,7 +52,7 @@ class LlavaShared:
     """A batch after the tower.
 
     - features: ``(tiles of all pictures, p*p, w)``; tiles, image_sizes: per picture
-    - pictures: which of them each sample shows
+    - pictures: which of them each sample shows; ids: per sample ``(length,)``
     - runs: what goes through the language model at once
     """
 
@@ -60,6 +60,7 @@ class LlavaShared:
     tiles: Sequence[int]
     image_sizes: Sequence[tuple[int, int]]
     pictures: Pictures
+    ids: Sequence[Tensor]
     runs: Sequence[Run]
 
 
@@ -96,6 +97,7 @@ class LlavaBackbone(Backbone[LlavaSample, LlavaShared]):
         model = llava_next.LlavaNextModel._from_config(self.config, attn_implementation="sdpa")
         model.vision_tower = nn.Identity()
         decoder.rebuild_rope(model.language_model)
+        decoder.take_apart(model.language_model)
         return cast(nn.Module, model)
 
     def sample(self, arrays: Mapping[str, np.ndarray], device: torch.device) -> LlavaSample:
@@ -109,9 +111,17 @@ class LlavaBackbone(Backbone[LlavaSample, LlavaShared]):
         pictures = Pictures.of([item.tiles for item in batch])
         shown = pictures.once(batch)
         features = vision(torch.cat([item.tiles for item in shown])).flatten(1, 2)
-        runs = runs_of([item.input_ids for item in batch], pictures)
-        sizes = [item.image_size for item in shown]
-        return LlavaShared(features, [len(item.tiles) for item in shown], sizes, pictures, runs)
+        ids, sizes = [item.input_ids for item in batch], [item.image_size for item in shown]
+        tiles = [len(item.tiles) for item in shown]
+        return LlavaShared(features, tiles, sizes, pictures, ids, runs_of(ids, pictures))
+
+    def join(self, parts: Sequence[LlavaShared]) -> LlavaShared:
+        pictures = Pictures.joined([part.pictures for part in parts])
+        ids = [own for part in parts for own in part.ids]
+        tiles = [count for part in parts for count in part.tiles]
+        sizes = [size for part in parts for size in part.image_sizes]
+        features = torch.cat([part.features for part in parts])
+        return LlavaShared(features, tiles, sizes, pictures, ids, runs_of(ids, pictures))
 
     def project(self, model: nn.Module, shared: LlavaShared) -> Sequence[Tensor]:
         llava = cast(Any, model)

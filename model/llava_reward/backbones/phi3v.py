@@ -105,8 +105,8 @@ class Phi3Mlp(nn.Module):
         return out
 
 
-class Phi3Layer(nn.Module):
-    """Pre-norm decoder layer; ``layers.py`` runs it."""
+class Phi3Layer(Layer):
+    """Norms, attention and MLP of one layer."""
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
@@ -160,12 +160,13 @@ class Phi3VSample:
 class Phi3VShared:
     """A batch after the tower.
 
-    - merged: per picture ``(n, 4w)``; pictures: which of them each sample shows
+    - merged: per picture ``(n, 4w)``; pictures: which of them each sample shows; ids: per sample ``(length,)``
     - runs: what goes through the language model at once, and the rotary tables of each
     """
 
     merged: Sequence[Tensor]
     pictures: Pictures
+    ids: Sequence[Tensor]
     runs: Sequence[tuple[Run, Rope]]
 
 
@@ -214,9 +215,17 @@ class Phi3VBackbone(Backbone[Phi3VSample, Phi3VShared]):
         pictures = Pictures.of([item.crops for item in batch])
         shown = pictures.once(batch)
         merged = vision([item.crops for item in shown], [item.grid for item in shown])
-        runs = runs_of([item.input_ids for item in batch], pictures, self.rope_form)
+        return self._shared(merged, pictures, [item.input_ids for item in batch])
+
+    def join(self, parts: Sequence[Phi3VShared]) -> Phi3VShared:
+        pictures = Pictures.joined([part.pictures for part in parts])
+        merged = [one for part in parts for one in part.merged]
+        return self._shared(merged, pictures, [ids for part in parts for ids in part.ids])
+
+    def _shared(self, merged: Sequence[Tensor], pictures: Pictures, ids: Sequence[Tensor]) -> Phi3VShared:
+        runs = runs_of(ids, pictures, self.rope_form)
         tables = [rope_tables(run.lengths, run.positions, self.config.rope) for run in runs]
-        return Phi3VShared(merged, pictures, list(zip(runs, tables, strict=True)))
+        return Phi3VShared(merged, pictures, ids, list(zip(runs, tables, strict=True)))
 
     def project(self, model: nn.Module, shared: Phi3VShared) -> Sequence[Tensor]:
         projected = cast(Phi3VModel, model).vision_embed_tokens(torch.cat(list(shared.merged)))

@@ -24,6 +24,15 @@ class Pictures:
         seen: dict[int, int] = {}
         return cls(tuple(seen.setdefault(id(item), len(seen)) for item in held))
 
+    @classmethod
+    def joined(cls, parts: Sequence[Pictures]) -> Pictures:
+        """Of batches one behind the other; no two of them show the same picture."""
+        numbers: list[int] = []
+        for part in parts:
+            before = len(set(numbers))
+            numbers += [number + before for number in part.numbers]
+        return cls(tuple(numbers))
+
     def once(self, per_sample: Sequence[T]) -> list[T]:
         """What the first sample of each picture has."""
         return [per_sample[self.numbers.index(number)] for number in range(len(set(self.numbers)))]

@@ -47,14 +47,15 @@ class QwenSample:
 class QwenShared:
     """A batch after the tower.
 
-    - features: ``(p of all pictures, w)``, blocks of 2x2 together; counts: image tokens per picture
-    - pictures: which of them each sample shows
+    - features: ``(p of all pictures, w)``, blocks of 2x2 together; grids: per picture, rows and columns of its tokens
+    - pictures: which of them each sample shows; ids: per sample ``(length,)``
     - runs: what goes through the language model at once, and the position ids of each, ``(3, b, l)``
     """
 
     features: Tensor
-    counts: Sequence[int]
+    grids: Sequence[tuple[int, int]]
     pictures: Pictures
+    ids: Sequence[Tensor]
     runs: Sequence[tuple[Run, Tensor]]
 
 
@@ -84,6 +85,7 @@ class QwenModel(nn.Module):
             config.text_config, attn_implementation="sdpa"
         )
         decoder.rebuild_rope(self.language_model)
+        decoder.take_apart(self.language_model)
 
 
 def mrope_positions(input_ids: Tensor, rows: int, columns: int) -> Tensor:
@@ -102,6 +104,30 @@ def mrope_positions(input_ids: Tensor, rows: int, columns: int) -> Tensor:
     behind = torch.arange(resume, resume + len(input_ids) - start - count, device=device)
     before = torch.arange(start, device=device)
     return torch.cat((before.expand(3, -1), image, behind.expand(3, -1)), dim=1)
+
+
+def _shared(
+    features: Tensor, grids: Sequence[tuple[int, int]], pictures: Pictures, ids: Sequence[Tensor]
+) -> QwenShared:
+    sizes = pictures.each(grids)
+    runs = [(run, _position_ids(run, ids, sizes)) for run in runs_of(ids, pictures)]
+    return QwenShared(features, grids, pictures, ids, runs)
+
+
+def _position_ids(run: Run, ids: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """``(3, b, l)``. The first sample of a run stands for all that follow its tokens with captions of their own.
+
+    - ids, sizes: per sample
+    """
+    every = []
+    for row in run.shown:
+        own = mrope_positions(ids[row], *sizes[row])  # (3, length)
+        # Behind the image all three count on, however long the caption.
+        offset = own[:, -1:] - (len(ids[row]) - 1)
+        behind = run.positions + offset  # (3, l)
+        known = run.positions[0].clamp(max=own.shape[1] - 1)
+        every.append(torch.where(run.positions < own.shape[1], own[:, known], behind))
+    return torch.stack(every, dim=1)
 
 
 class QwenBackbone(Backbone[QwenSample, QwenShared]):
@@ -155,26 +181,18 @@ class QwenBackbone(Backbone[QwenSample, QwenShared]):
         patches = torch.cat([item.patches for item in shown])
         merged = vision(patches.to(next(vision.parameters()).dtype), grid_thw=grids).pooler_output  # (n, 4w)
         features = merged.reshape(-1, merged.shape[-1] // self.merge_size**2)
-        counts = [item.grid[0] * item.grid[1] // self.merge_size**2 for item in shown]
-        runs = runs_of([item.input_ids for item in batch], pictures)
-        return QwenShared(features, counts, pictures, [(run, self._position_ids(run, batch)) for run in runs])
+        sizes = [(item.grid[0] // self.merge_size, item.grid[1] // self.merge_size) for item in shown]
+        return _shared(features, sizes, pictures, [item.input_ids for item in batch])
 
-    def _position_ids(self, run: Run, batch: Sequence[QwenSample]) -> Tensor:
-        """``(3, b, l)``. The first sample of a run stands for all that follow its tokens with captions of their own."""
-        every = []
-        for row in run.shown:
-            rows, columns = (side // self.merge_size for side in batch[row].grid)
-            own = mrope_positions(batch[row].input_ids, rows, columns)  # (3, length)
-            # Behind the image all three count on, however long the caption.
-            offset = own[:, -1:] - (len(batch[row].input_ids) - 1)
-            behind = run.positions + offset  # (3, l)
-            known = run.positions[0].clamp(max=own.shape[1] - 1)
-            every.append(torch.where(run.positions < own.shape[1], own[:, known], behind))
-        return torch.stack(every, dim=1)
+    def join(self, parts: Sequence[QwenShared]) -> QwenShared:
+        pictures = Pictures.joined([part.pictures for part in parts])
+        grids = [grid for part in parts for grid in part.grids]
+        features = torch.cat([part.features for part in parts])
+        return _shared(features, grids, pictures, [ids for part in parts for ids in part.ids])
 
     def project(self, model: nn.Module, shared: QwenShared) -> Sequence[Tensor]:
         projected = cast(QwenModel, model).visual["merger"](shared.features)
-        return shared.pictures.each(projected.split(list(shared.counts)))
+        return shared.pictures.each(projected.split([rows * columns for rows, columns in shared.grids]))
 
     def stack(self, shared: QwenShared, times: int) -> QwenShared:
         count = len(shared.pictures.numbers)
