@@ -13,6 +13,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from jobs import manifest as manifests
+from jobs.calibrate import add_calibrate_arguments, run_calibrate
+from jobs.evaluate import add_evaluate_arguments, run_evaluate
+from jobs.evaluation_report import printable_lines
 from jobs.folder_log import Prompts, log_from_folder
 from jobs.garbage import collect
 from jobs.lock import NightLock
@@ -24,6 +27,7 @@ from jobs.score_logs import EXIT_CONFIG, EXIT_INFRASTRUCTURE, EXIT_OK, fail, say
 from jobs.verify import VerificationError, verify_night
 from model.checkpoint_list import list_checkpoints, notes
 from model.errors import ConfigError, InfrastructureError, TransientError
+from model.evaluation.tables import markdown
 from model.policy_file import load_policy
 from model.scorer import resolve, system_of
 
@@ -97,6 +101,8 @@ def _add_replay_and_checkpoints(add: Callable[..., argparse.ArgumentParser]) -> 
     parity.add_argument("--image-root", metavar="URI", help="where relative image paths start")
     parity.add_argument("--allow-bucket", action="append", metavar="BUCKET", help="bucket of images; repeatable")
     _output(parity)
+    add_evaluate_arguments(add("evaluate", _evaluate, "measure scorers against preference pairs, labels or ratings"))
+    add_calibrate_arguments(add("calibrate", _calibrate, "find P(safe) and a threshold with a guarantee, from labels"))
     listed = add("checkpoints", _checkpoints, "list the shipped and the published checkpoints")
     listed.add_argument("--format", choices=["table", "json"], default="table")
 
@@ -213,6 +219,18 @@ def _parity(arguments: argparse.Namespace) -> int:
         ),
         say,
     )
+    return EXIT_OK
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    found = run_evaluate(arguments, say)
+    for title, measures in (found.tables | {f"{t}: differences": m for t, m in found.compared.items()}).items():
+        say(f"\n{title}\n{printable_lines(markdown(measures))}")
+    return EXIT_OK
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    run_calibrate(arguments, say)
     return EXIT_OK
 
 
