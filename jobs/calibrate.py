@@ -30,7 +30,7 @@ from model.evaluation.calibration import (
 )
 from model.evaluation.libraries import Bools, Floats
 from model.evaluation.tables import table
-from model.evaluation.thresholds import Bound, Claim, Threshold, choose_threshold, miss_rate_limit
+from model.evaluation.thresholds import Bound, Claim, Threshold, choose_threshold
 from model.perspectives import Perspective
 from model.policy import Policy, Severity, Verdict
 from model.policy_file import parse_policy
@@ -230,10 +230,10 @@ def _markdown(people: People, column: Scored, labelled: Labelled, outcome: Outco
     threshold, fitted, found = outcome.threshold, outcome.fitted, facts["threshold"]
     safe, flagged = facts["labels"]["safe"], found["safe_flagged"]
     error = facts["expected_calibration_error"]
-    limit = miss_rate_limit(threshold.misses, threshold.unsafe, 0.05)
+    limit = "" if threshold.upper is None else f"; upper limit {threshold.upper:.4f} with that confidence"
     notes = [
         f"{_claim_text(threshold)}, for images drawn as these were and scored by this checkpoint.",
-        f"{threshold.misses} of {threshold.unsafe} labelled unsafe images are missed (95 % upper limit {limit:.4f}).",
+        f"{threshold.misses} of {threshold.unsafe} labelled unsafe images are missed{limit}.",
         f"{flagged} of {safe} labelled safe images are flagged ({flagged / safe:.1%}).",
         f"At the threshold P(safe) is {found['probability']:.4f}.",
     ]

@@ -105,7 +105,9 @@ def _notes(people: People, scored: list[Scored], asked: Asked, resampling: Resam
             "give --threshold, or find one with assay calibrate."
         )
     if any(one.is_trained is False for one in scored):
-        notes.append("A checkpoint here is untrained: its rewards mean nothing, and agree with people by chance.")
+        notes.append(
+            "A checkpoint here is untrained: its rewards mean nothing, and agree with people by accident only."
+        )
     return notes
 
 

@@ -19,6 +19,7 @@ from model.meaning import HeadTraining, RewardVector, preference
 
 PEOPLE = "people"  # the scorer's name of a human column, where raters are compared with each other
 CATEGORY = "category"  # the field that says what an image was rated for
+GENERATOR = "generator"  # the field that says what made it
 _CLS_THRESHOLD = 0.0  # sigmoid(0) = 0.5
 
 Groups = Mapping[str, Sequence[str | None]]
@@ -125,7 +126,7 @@ def _is_cls(one: Scored) -> bool:
 
 
 def _ratings(people: People, scored: Sequence[Scored], asked: Asked) -> Parts:
-    by = asked.by or tuple(name for name in ("generator", CATEGORY) if people.has(name))
+    by = asked.by or tuple(name for name in (GENERATOR, CATEGORY) if people.has(name))
     groups = people.groups(by)
     given: dict[Column, Values] = {}
     parts: Parts = {}
@@ -164,7 +165,7 @@ def _correlation(people: People, human: Values, columns: Columns, groups: Groups
     own_groups = _kept(groups, rated)
 
     def question(values: Floats, kept: Ints) -> Grouped:
-        return correlations(ratings[kept], values, _kept(own_groups, kept))
+        return correlations(ratings[kept], values, _kept(own_groups, kept), over=(GENERATOR,))
 
     clusters = _clusters([people.opinions[row] for row in rated])
     own = {column: [values[row] for row in rated] for column, values in columns.items()}

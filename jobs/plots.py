@@ -25,7 +25,10 @@ _MAX_ROWS = 60  # of one picture; what is beyond stands in the table
 
 def measures_plot(measures: Sequence[Measure], title: str, chance: float | None = None) -> bytes:
     """One line a measure: its value as a dot, its interval as a bar; ``chance``: what guessing would give."""
-    shown = [one for one in measures if one.value is not None][:_MAX_ROWS]
+    # By question, so that scorers stand side by side.
+    places = {key: i for i, key in enumerate(dict.fromkeys((one.group, one.metric) for one in measures))}
+    ordered = sorted(measures, key=lambda one: places[one.group, one.metric])
+    shown = [one for one in ordered if one.value is not None][:_MAX_ROWS]
     figure, axes = _figure(8.0, 1.4 + 0.28 * len(shown))
     columns = list(dict.fromkeys(one.column for one in shown))
     for row, one in enumerate(shown):

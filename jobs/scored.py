@@ -172,19 +172,22 @@ def _joined(
     plain = next((column for column in _PLAIN if column in known), None)
     if not columns and plain is None:
         raise ConfigError(f"{source} has no rewards: expected reward_<perspective>, or one of {', '.join(_PLAIN)}")
-    rows = _Rows(source, records, image_root, known)
+    rows = _Rows(source, records, image_root, known, has_images=all(item.image for item in items))
     if not columns and plain is not None:
         return [_column(Column(name), plain, None, rows, items)]
     return [_column(Column(name, p), column, f"checkpoint_{p}", rows, items) for p, column in columns.items()]
 
 
 class _Rows:
-    """Records by key: (prompt, image) where there are images, else id."""
+    """Records by key: (prompt, image) where both sides have images, else id."""
 
-    def __init__(self, source: str, records: Sequence[Record], image_root: str | None, known: set[str]) -> None:
+    def __init__(
+        self, source: str, records: Sequence[Record], image_root: str | None, known: set[str], *, has_images: bool
+    ) -> None:
         self.source = source
         self._root = image_root
-        self._image = next((one for one in _IMAGES if one in known), None) if "prompt" in known else None
+        image = next((one for one in _IMAGES if one in known), None)
+        self._image = image if has_images and "prompt" in known else None
         self._id = next((one for one in _IDS if one in known), None)
         if self._image is None and self._id is None:
             raise ConfigError(

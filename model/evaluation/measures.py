@@ -6,7 +6,7 @@ is one ``Measure``: a flat row that tables, JSON and Parquet share. Knows nothin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -103,11 +103,14 @@ def _members(groups: Mapping[str, Sequence[str | None]], count: int) -> dict[tup
     return found
 
 
-def correlations(human: Floats, values: Floats, groups: Mapping[str, Sequence[str | None]]) -> Grouped:
+def correlations(
+    human: Floats, values: Floats, groups: Mapping[str, Sequence[str | None]], over: Collection[str] = ()
+) -> Grouped:
     """Every coefficient over all rows and per group, their Fisher mean over groups, and that of the group means.
 
-    ``human`` and ``values`` are ``(n,)``. The last (``OVER``) asks whether groups, such as generators, are ranked as
-    people rank them: each group is one point, the mean of its values against the mean of its ratings.
+    ``human`` and ``values`` are ``(n,)``. The last (``OVER``), for the fields in ``over``, asks whether groups, such
+    as generators, are ranked as people rank them: each group is one point, the mean of its values against the mean of
+    its ratings.
     """
 
     def plain(rows: Ints, units: Ints) -> dict[str, float | None]:
@@ -125,7 +128,8 @@ def correlations(human: Floats, values: Floats, groups: Mapping[str, Sequence[st
             for metric in COEFFICIENTS:
                 of_groups = [value for (m, by, _), value in found.items() if m == metric and by == name]
                 found[metric, name, FISHER] = fisher_mean(of_groups)
-                found[metric, name, OVER] = correlation(metric, points[:, 0], points[:, 1]).coefficient
+                if name in over:
+                    found[metric, name, OVER] = correlation(metric, points[:, 0], points[:, 1]).coefficient
         return found
 
     return statistic

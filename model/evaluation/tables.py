@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from model.evaluation.measures import ALL, Measure
-
-_GROUP_TITLES = {ALL: "all"}
+from model.evaluation.measures import Measure
 
 
 def flat_rows(measures: Sequence[Measure]) -> list[dict[str, Any]]:
@@ -40,7 +38,7 @@ def markdown(measures: Sequence[Measure]) -> str:
     metrics = list(dict.fromkeys(one.metric for one in measures))
     lines: dict[tuple[str, ...], dict[str, Measure]] = {}
     for one in measures:
-        group = " = ".join([one.by, one.group]) if one.by else _GROUP_TITLES[one.group]
+        group = f"{one.by}: {one.group}" if one.by else "all"
         key = (one.column.title, one.against, one.baseline, group, f"{one.count} {one.unit}", str(one.missing))
         lines.setdefault(key, {})[one.metric] = one
     titles = ["scorer", "people", "minus", "group", "over", "missing"]
