@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from model.evaluation.calibration import (
 )
 from model.evaluation.libraries import Bools, Floats
 from model.evaluation.tables import table
-from model.evaluation.thresholds import Bound, Claim, Threshold, choose_threshold
+from model.evaluation.thresholds import Bound, Claim, Threshold, check_enough, choose_threshold
 from model.perspectives import Perspective
 from model.policy import Policy, Severity, Verdict
 from model.policy_file import parse_policy
@@ -85,6 +86,7 @@ def run_calibrate(arguments: argparse.Namespace, say: Say) -> Outcome:
         raise ConfigError(
             f"--labels {arguments.labels} holds {people.kind}; calibration takes labels (1 safe, 0 unsafe)"
         )
+    check_enough(sum(one.human["label"] == 0 for one in people.opinions), claim)  # before any scoring
     columns = read_sources(arguments, people, [arguments.perspective], say)
     if len(columns) > 1:
         raise ConfigError("a threshold belongs to one checkpoint: give one --scorer, --scores or --night")
@@ -130,8 +132,8 @@ def _labelled(people: People, column: Scored, one_per_prompt: bool, seed: int) -
         order = np.random.default_rng(seed).permutation(len(rows))
         first = {rows[i][0]: i for i in order}
         rows = [rows[i] for i in sorted(first.values())]
-    unsafe = [cluster for cluster, label, _ in rows if not label]
-    shared = len(unsafe) - sum(unsafe.count(cluster) == 1 for cluster in set(unsafe))
+    unsafe = Counter(cluster for cluster, label, _ in rows if not label)
+    shared = sum(count for count in unsafe.values() if count > 1)
     is_safe = np.asarray([label for _, label, _ in rows])
     rewards = np.asarray([value for _, _, value in rows], dtype=np.float32).astype(np.float64)
     return Labelled(is_safe, rewards, [cluster for cluster, _, _ in rows], shared)
@@ -250,7 +252,7 @@ def _markdown(people: People, column: Scored, labelled: Labelled, outcome: Outco
     parts = [
         "# Threshold and calibration",
         f"{len(people.opinions)} labels of `{printable(people.source)}` (sha256 `{people.sha256[:16]}…`), "
-        f"seed {facts['seed']}.",
+        f"seed {facts['seed']}. Safe means label 1, unsafe label 0, whatever the perspective.",
         scorers_table([ScorerFacts.of(column)]),
         f"## Flag below {threshold.below!r}",
         "\n".join(f"- {note}" for note in notes),

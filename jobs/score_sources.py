@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import date
 
 from jobs.fetch import FetchRules, allowed_buckets, check_image_root
-from jobs.people import Item, People, folder_of
+from jobs.people import Item, Kind, People, folder_of
 from jobs.scored import Reading, Scored, from_file, from_night, from_scorer
 from model.errors import ConfigError
 from model.images import MAX_IMAGE_BYTES
@@ -94,7 +94,9 @@ def _reading(arguments: argparse.Namespace, root: str, people: People) -> Readin
         raise ConfigError(f"--batch-size {arguments.batch_size}: at least 1")
     check_image_root(root)
     buckets = allowed_buckets(people.source, root, arguments.allow_bucket)
-    return Reading(FetchRules(root, buckets, MAX_IMAGE_BYTES, _CONCURRENCY), arguments.batch_size)
+    return Reading(
+        FetchRules(root, buckets, MAX_IMAGE_BYTES, _CONCURRENCY), arguments.batch_size, people.kind is not Kind.PAIRS
+    )
 
 
 def _checked(columns: list[Scored], items: Sequence[Item]) -> list[Scored]:

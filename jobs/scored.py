@@ -49,31 +49,33 @@ class Scored:
     head: Head | None = None
     is_trained: bool | None = None
 
-    @property
-    def is_vector(self) -> bool:
-        """Whether its values are general-preference vectors, which mean something in pairs only."""
-        return self.head is not None and self.head.is_general_preference
-
     def failures(self) -> Counter[str]:
         """How many items have no reward, by code."""
         return Counter(error for error in self.errors if error is not None)
 
     def scalars(self) -> list[float | None]:
         """The values as scalar rewards. Raises ``ConfigError`` for a general-preference head."""
-        if self.is_vector:
-            raise ConfigError(
-                f"{self.column.title} has a general-preference head: its vectors say which of two images is "
-                "preferred, and give no image a reward; use preference pairs"
-            )
+        if self.head is not None:
+            check_scalar(self.column, self.head)
         return [value if isinstance(value, float) else None for value in self.values]
+
+
+def check_scalar(column: Column, head: Head) -> None:
+    """Raises ``ConfigError`` for a general-preference head, whose vectors mean something in pairs only."""
+    if head.is_general_preference:
+        raise ConfigError(
+            f"{column.title} has a general-preference head: its vectors say which of two images is preferred, and "
+            "give no image a reward; use preference pairs, or name other perspectives"
+        )
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are read and scored. ``batch_size``: images at a time."""
+    """How images are read and scored. ``batch_size``: images at a time; ``needs_scalars``: vectors are of no use."""
 
     rules: FetchRules
     batch_size: int
+    needs_scalars: bool
 
 
 def from_scorer(
@@ -83,6 +85,9 @@ def from_scorer(
     wanted = tuple(perspectives) or scorer.perspectives
     if missing := [one for one in wanted if one not in scorer.heads]:
         raise ConfigError(f"{name} does not score {missing[0]}; it scores {', '.join(scorer.heads)}")
+    for perspective in wanted:
+        if how.needs_scalars:
+            check_scalar(Column(name, perspective), scorer.heads[perspective])
     distinct = list(dict.fromkeys((item.prompt, item.image) for item in items))
     found: dict[tuple[str, str], dict[Perspective, Value] | str] = {}
     for done, batch in _batches(distinct, how):

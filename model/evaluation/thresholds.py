@@ -91,20 +91,26 @@ def miss_rate_limit(misses: int, count: int, delta: float) -> float:
     return float(library("scipy.stats").beta.ppf(1 - delta, misses + 1, count - misses))
 
 
+def check_enough(count: int, claim: Claim) -> None:
+    """Raises ``ConfigError`` with the number still needed where ``count`` labelled unsafe images allow no threshold."""
+    if misses_allowed(count, claim) >= 0:
+        return
+    needed = labels_needed(claim)
+    how = f"with confidence {1 - claim.delta:g}" if claim.bound is Bound.CONFIDENCE else "on average"
+    raise ConfigError(
+        f"{count} labelled unsafe images cannot show a miss rate of at most {claim.alpha:g} {how}: "
+        f"{needed - count} more are needed ({needed} in all), or a larger alpha or delta"
+    )
+
+
 def choose_threshold(unsafe_rewards: Floats, claim: Claim) -> Threshold:
     """The lowest threshold that the claim allows, from rewards ``(n,)`` of labelled unsafe images.
 
-    Raises ``ConfigError`` with the number of labels still needed where n is too small for any threshold.
+    Raises ``ConfigError`` as ``check_enough`` does.
     """
     count = len(unsafe_rewards)
+    check_enough(count, claim)
     allowed = misses_allowed(count, claim)
-    if allowed < 0:
-        needed = labels_needed(claim)
-        with_delta = f" with confidence {1 - claim.delta:g}" if claim.bound is Bound.CONFIDENCE else " on average"
-        raise ConfigError(
-            f"{count} labelled unsafe images cannot show a miss rate of at most {claim.alpha:g}{with_delta}: "
-            f"{needed - count} more are needed ({needed} in all), or a larger alpha or delta"
-        )
     rewards = np.sort(unsafe_rewards.astype(np.float32))[::-1]
     below = float(np.nextafter(rewards[allowed], np.float32(np.inf)))  # rewards are float32: nothing lies between
     misses = int((rewards >= below).sum())
