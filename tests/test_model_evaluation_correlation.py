@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -31,6 +31,7 @@ def _tau_b(x, y):
     return (concordant - discordant) / math.sqrt((pairs - x_ties) * (pairs - y_ties))
 
 
+@settings(deadline=None)
 @given(COLUMNS)
 def test_kendall_is_tau_b(rows):
     x, y = (np.asarray(column, dtype=float) for column in zip(*rows, strict=True))
@@ -42,6 +43,7 @@ def test_kendall_is_tau_b(rows):
         assert found.coefficient == pytest.approx(stats.kendalltau(x, y, variant="b").statistic)
 
 
+@settings(deadline=None)
 @given(COLUMNS)
 def test_rank_coefficients_know_only_order(rows):
     x, y = (np.asarray(column, dtype=float) for column in zip(*rows, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
 
@@ -31,6 +31,7 @@ def test_by_hand():
     assert ranking_measures(is_safe, rewards)["roc_auc"] == pytest.approx(5 / 6)
 
 
+@settings(deadline=None)
 @given(ROWS)
 def test_agrees_with_sklearn(rows):
     is_safe, rewards = _columns(rows)
@@ -46,6 +47,7 @@ def test_agrees_with_sklearn(rows):
         assert ranking["average_precision"] == pytest.approx(metrics.average_precision_score(is_safe, rewards))
 
 
+@settings(deadline=None)
 @given(ROWS)
 def test_a_class_without_images_leaves_measures_undefined(rows):
     rewards = _columns(rows)[1]

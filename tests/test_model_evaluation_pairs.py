@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.evaluation.pairs import filter_at_k, pair_accuracies, pairs_of, recall_at_k
@@ -37,11 +37,13 @@ def test_what_is_not_defined_is_none():
     assert set(_accuracies([]).values()) == {None}
 
 
+@settings(deadline=None)
 @given(MARGINS, st.floats(1e-3, 1e3))
 def test_only_signs_count(margins, scale):
     assert _accuracies(margins) == _accuracies([margin * scale for margin in margins])
 
 
+@settings(deadline=None)
 @given(MARGINS)
 def test_a_reversed_scorer_is_wrong_where_this_one_is_right(margins):
     forward, backward = _accuracies(margins), _accuracies([-margin for margin in margins])
@@ -50,6 +52,7 @@ def test_a_reversed_scorer_is_wrong_where_this_one_is_right(margins):
     assert forward["accuracy_with_ties"] <= (forward["accuracy_without_ties"] or 0.0) + 1e-12
 
 
+@settings(deadline=None)
 @given(MARGINS, st.randoms())
 def test_order_does_not_count(margins, random):
     rows = list(enumerate(margins))
@@ -88,6 +91,7 @@ def test_any_of_several_best_images_counts():
     assert recall_at_k(np.asarray([5.0, 1.0, 5.0]), np.asarray([0.0, 1.0, 2.0]), 1) is True
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=3, max_size=8))
 def test_recall_never_falls_with_k(images):
     ratings, rewards = (np.asarray(column, dtype=float) for column in zip(*images, strict=True))
