@@ -4,7 +4,7 @@ SHELL := /bin/sh
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := torch,transformers,storage,serve,jobs,train,dev
+EXTRAS := torch,transformers,storage,serve,jobs,evaluate,train,dev
 ARGS ?=
 
 .PHONY: help setup demo test check format clean

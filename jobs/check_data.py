@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 from jobs.check_report import as_lines
-from jobs.config import parse_map
+from jobs.data_options import add_reading_options, fields_of, labels_of
 from jobs.fetch import FetchRules, allowed_buckets, check_image_root, fetch_all
 from jobs.query import printable
 from model import storage
@@ -24,7 +24,6 @@ from model.errors import ConfigError, ErrorCode, InputError, TransientError
 from model.image_hash import difference_hash
 from model.images import MAX_IMAGE_BYTES, decode_image
 from model.preference_checks import find
-from model.preference_records import FIELDS
 from model.preference_set import DataSet, ImageFacts, ImageFault
 from model.preference_summary import summarize
 from model.preferences import PreferenceData, image_uris, read_preferences
@@ -45,9 +44,7 @@ def add_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     check.add_argument("--image-root", metavar="URI", help="where relative image paths start")
     check.add_argument("--test-image-root", metavar="URI", help="the same for --test, where it is another one")
     check.add_argument("--allow-bucket", action="append", metavar="BUCKET", help="bucket of images; repeatable")
-    fields = ", ".join(FIELDS)
-    check.add_argument("--map", action="append", metavar="FIELD=KEY", help=f"key of a field ({fields}); repeatable")
-    check.add_argument("--label", action="append", metavar="TEXT=0|1", help="what a label means; repeatable")
+    add_reading_options(check)
     check.add_argument("--examples", type=int, default=5, metavar="N", help="of each finding (5)")
     check.add_argument("--format", choices=["table", "json"], default="table")
 
@@ -82,25 +79,13 @@ _Part = tuple[str, PreferenceData, str | None]  # name, records, image root
 
 def _read(arguments: argparse.Namespace, name: str, uri: str, image_root: str | None) -> _Part:
     check_image_root(image_root)
-    data = read_preferences(
-        uri, image_root=image_root, fields=parse_map(arguments.map or ()), labels=_labels(arguments.label or ())
-    )
+    data = read_preferences(uri, image_root=image_root, fields=fields_of(arguments), labels=labels_of(arguments))
     if image_root is None:
         for record in data.records:
             for image in image_uris(record):
                 if not storage.is_s3(image):
                     raise ConfigError(f"{uri} names the image {image[:200]!r}; say where it is with --image-root")
     return name, data, image_root
-
-
-def _labels(pairs: Sequence[str]) -> dict[str, int] | None:
-    labels = {}
-    for pair in pairs:
-        text, _, label = pair.rpartition("=")
-        if not text or label not in ("0", "1"):
-            raise ConfigError(f"--label {pair!r}: write --label safe=1")
-        labels[text] = int(label)
-    return labels or None
 
 
 def _with_images(arguments: argparse.Namespace, name: str, data: PreferenceData, image_root: str | None) -> DataSet:

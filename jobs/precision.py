@@ -7,7 +7,6 @@ holds one of them is enough.
 from __future__ import annotations
 
 import io
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from jobs.folder_log import Prompts, prompted_images
 from jobs.precision_file import ENOUGH, Comparison, Difference, Measured, check_writable, summary, write
 from model.code_version import code_version
 from model.errors import ConfigError
+from model.evaluation.correlation import correlation
 from model.modes import EXACT
 from model.perspectives import Perspective
 from model.policy import Policy, check_applies, decide
@@ -142,20 +141,13 @@ def _difference(perspective: Perspective, pairs: Sequence[tuple[ScoreRecord, Sco
     is_scalar = perspective in pairs[0][0].rewards
     a, b = (np.array([_values(pair[side], perspective) for pair in pairs]) for side in (0, 1))
     differences = np.abs(a - b)
-    spearman = _spearman(a[:, 0], b[:, 0]) if is_scalar else None
+    spearman = correlation("spearman", a[:, 0], b[:, 0]).coefficient if is_scalar else None
     return Difference(spearman=spearman, largest=float(differences.max()), mean=float(differences.mean()))
 
 
 def _values(record: ScoreRecord, perspective: Perspective) -> Sequence[float]:
     rewards: Mapping[Perspective, float] = record.rewards
     return (rewards[perspective],) if perspective in rewards else record.reward_vectors[perspective]
-
-
-def _spearman(a: np.ndarray, b: np.ndarray) -> float | None:
-    if min(len(set(a.tolist())), len(set(b.tolist()))) < 2:
-        return None  # there is no order to compare
-    value = float(spearmanr(a, b).statistic)
-    return value if math.isfinite(value) else None
 
 
 def _print(measured: Measured, say: Say) -> None:

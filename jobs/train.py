@@ -22,6 +22,7 @@ import ray.train
 import torch
 from ray.train.torch import TorchTrainer
 
+from jobs.data_options import fields_of, labels_of
 from jobs.local_servers import write_token
 from jobs.score_logs import EXIT_CONFIG, EXIT_OK, connect, fail, say
 from jobs.train_config import FLAGS, TrainConfig, build
@@ -45,6 +46,7 @@ _LOCAL_CPUS = 8  # logical: Ray Train asks for places, not for cores
 def command(arguments: argparse.Namespace) -> int:
     """Trains; exit codes: 0 done, or done before; 1 diverged; 2 data or settings; 4 infrastructure (by the caller)."""
     flags = {name: getattr(arguments, name) for name in (*FLAGS, "workers")}
+    flags |= {"map": fields_of(arguments) or None, "labels": labels_of(arguments) or None}
     cluster = _local_ray if arguments.local else _joined_ray
     try:
         train(build(arguments.config, flags), cluster, say)

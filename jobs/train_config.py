@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from jobs.data_options import add_reading_options
 from model import storage
 from model.errors import ConfigError
 from model.perspectives import Perspective
@@ -53,8 +54,8 @@ class TrainConfig(BaseModel):
     backbone: str  # a checkpoint, whose backbone is taken, or a backbone folder
     eval_data: str | None = None
     image_root: str | None = None
-    fields: dict[str, str] = Field(default_factory=dict)
-    labels: dict[str, int] = Field(default_factory=dict)
+    map: dict[str, str] = Field(default_factory=dict)  # field -> key that holds it
+    labels: dict[str, int] = Field(default_factory=dict)  # what labels other than 0 and 1 mean
     skip_unusable: bool = False  # leave records out whose image cannot be used, instead of refusing the data
 
     name: str | None = None  # of the new checkpoint; the output folder's by default
@@ -125,6 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML with every setting (infra/training/); flags win")
     for flag, text in FLAGS.items():
         parser.add_argument(f"--{flag.replace('_', '-')}", help=text)
+    add_reading_options(parser)
     parser.add_argument("--workers", type=int, help="Ray Train workers (1)")
     parser.add_argument("--local", action="store_true", help="start a Ray of its own on this machine, for this run")
 
@@ -133,6 +135,9 @@ def build(path: str | None, flags: dict[str, Any]) -> TrainConfig:
     """Flags over ``--config`` over defaults. Raises ``ConfigError`` in one line with the first fault and its place."""
     values = _read_yaml(path) if path else {}
     given = {key: value for key, value in flags.items() if value is not None}
+    for name in ("map", "labels"):  # single entries win, the others stay
+        if name in given and isinstance(in_file := values.get(name) or {}, dict):
+            given[name] = {**in_file, **given[name]}
     try:
         return TrainConfig.model_validate({**values, **given})
     except ValidationError as error:

@@ -56,9 +56,7 @@ def read_training_data(
 
 
 def _read(config: TrainConfig, uri: str, objective: Objective) -> PreferenceData:
-    data = read_preferences(
-        uri, image_root=config.image_root, fields=config.fields or None, labels=config.labels or None
-    )
+    data = read_preferences(uri, image_root=config.image_root, fields=config.map, labels=config.labels)
     if data.kind != objective.kind:
         raise ConfigError(f"{uri} holds {data.kind} data, but loss={config.loss} takes {objective.kind}")
     _check_labels(uri, data.records)

@@ -116,6 +116,10 @@ class RecordReader:
             return list(self._ranked(raw, number))
         return [self._labelled(raw, number)] if shape == "unpaired" else [self._pair(raw, number)]
 
+    def has_id(self, raw: Mapping[str, Any], shape: Shape) -> bool:
+        """Whether the record says its id, rather than being named by its number."""
+        return any(self._has(raw, name) for name in _USED[shape] if name == "id" or name.endswith("_id"))
+
     def _pair(self, raw: Mapping[str, Any], number: int) -> PreferencePair:
         prompt, rejected_prompt = self._prompts(raw)
         return PreferencePair(

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from model import storage
 from model.errors import ConfigError
-from model.preference_files import Fault, read_raw
 from model.preference_records import LabelledImage, MalformedRecordError, PreferencePair, RecordReader, keys_for
+from model.record_files import Fault, read_raw
 
-__all__ = ["LabelledImage", "PreferenceData", "PreferencePair", "image_uris", "read_preferences"]
+__all__ = ["LabelledImage", "PreferenceData", "PreferencePair", "image_uris", "preferences_of", "read_preferences"]
 
 MAX_RECORDS = 2_000_000  # about 1 GiB of pairs in memory; the largest published set has 1.2 million
 MAX_LISTED = 20  # malformed records that one message lists; the others are counted
@@ -31,7 +31,7 @@ class PreferenceData:
 
     ``sha256``: of the records as written, so that the same content in another format, or with its images in another
     place, has the same hash; image bytes do not enter. ``ties``: ranked records in which no two ranks differ, which
-    give no pair.
+    give no pair. ``has_ids``: whether ids stand in the file; where one is missing, it is the record's number.
     """
 
     kind: Literal["paired", "unpaired"]
@@ -39,6 +39,7 @@ class PreferenceData:
     source: str
     sha256: str
     ties: int = 0
+    has_ids: bool = False
 
 
 def read_preferences(
@@ -57,15 +58,28 @@ def read_preferences(
     - raises: ``ConfigError`` that names each malformed record (the first ``MAX_LISTED``, one a line), pairs mixed
       with labelled images, or a file that cannot be read; ``PermissionError`` and ``TransientError`` of the storage
     """
+    return preferences_of(read_raw(uri), uri, image_root=image_root, fields=fields, labels=labels)
+
+
+def preferences_of(
+    entries: Iterable[tuple[int, dict[str, Any] | Fault]],
+    uri: str,
+    *,
+    image_root: str | None = None,
+    fields: Mapping[str, str] | None = None,
+    labels: Mapping[str, int] | None = None,
+) -> PreferenceData:
+    """The same of what ``model.record_files.read_raw`` gave for ``uri``."""
     reader = RecordReader(keys_for(fields), _checked_labels(labels))
     reading = _Reading(uri, reader)
-    for number, raw in read_raw(uri):
+    for number, raw in entries:
         reading.add(number, raw)
     reading.finish(fields or {})
     root = _root(image_root)
     kind: Literal["paired", "unpaired"] = "unpaired" if reading.first["unpaired"] else "paired"
     digest = reading.digest.hexdigest()
-    return PreferenceData(kind, tuple(_placed(one, root) for one in reading.records), uri, digest, reading.ties)
+    records = tuple(_placed(one, root) for one in reading.records)
+    return PreferenceData(kind, records, uri, digest, reading.ties, reading.has_ids)
 
 
 def image_uris(record: Record) -> tuple[str, ...]:
@@ -82,12 +96,13 @@ class _Reading:
         self.records: list[Record] = []
         self.first: dict[str, int] = {"paired": 0, "unpaired": 0}  # number of the first record of each kind
         self.ties = 0
+        self.has_ids = True
         self.digest = hashlib.sha256()
         self.malformed = self.total = 0
         self.listed: list[str] = []
         self.seen_keys: set[str] = set()
 
-    def add(self, number: int, raw: dict[str, object] | Fault) -> None:
+    def add(self, number: int, raw: dict[str, Any] | Fault) -> None:
         self.total += 1
         try:
             if isinstance(raw, Fault):
@@ -102,6 +117,7 @@ class _Reading:
                 self.listed.append(f"{self.uri}, record {number}: {error}")
             return
         self.ties += not found
+        self.has_ids &= self.reader.has_id(raw, shape)
         self.records.extend(found)
         if len(self.records) > MAX_RECORDS:
             raise ConfigError(f"{self.uri} holds more than {MAX_RECORDS} records; split it")

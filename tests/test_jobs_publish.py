@@ -193,7 +193,7 @@ def test_absent_and_forbidden_files_are_one_line(night, capsys, monkeypatch, err
     def refuse(*_, **__):
         raise error
 
-    monkeypatch.setattr("jobs.cli.verify_night", refuse)
+    monkeypatch.setattr("jobs.cli_nights.verify_night", refuse)
     assert cli.main(["verify", "--output", str(night[0]), "--date", str(NIGHT)]) == code
     assert capsys.readouterr().err == f"error: {error}\n"
 

@@ -74,6 +74,14 @@ def test_the_shipped_example_is_a_configuration(tmp_path: Path) -> None:
     assert config.data == str(Path("labels.json").absolute())
 
 
+def test_flags_add_to_the_mappings_of_the_file(tmp_path: Path) -> None:
+    given = {"perspective": "safety", "output": str(tmp_path), "backbone": "demo", "data": "a.json"}
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({**given, "map": {"image": "file", "label": "old"}, "labels": {"fine": 1}}))
+    config = build(str(path), {"map": {"label": "said"}, "labels": {"awful": 0}})
+    assert (config.map, config.labels) == ({"image": "file", "label": "said"}, {"fine": 1, "awful": 0})
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -52,3 +52,9 @@ def test_no_model_module_loads_ray_or_a_storage_client() -> None:
 def test_the_check_itself_can_fail() -> None:
     with pytest.raises(AssertionError, match=r"importing model\.policy_file loads pydantic, yaml"):
         _check("torch,pydantic,yaml", "model.policy", "model.policy_file")
+
+
+def test_statistics_are_imported_when_called() -> None:
+    modules = [name for name in MODEL_MODULES if name.startswith("model.evaluation")]
+    assert "model.evaluation.thresholds" in modules
+    _check("scipy,sklearn,matplotlib,torch", *modules, "jobs.plots")

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from model import preference_files, preferences, storage
+from model import preferences, record_files, storage
 from model.errors import ConfigError
 from model.preferences import LabelledImage, PreferencePair, image_uris, read_preferences
 from tests.test_s3_servers import client
@@ -247,8 +247,8 @@ def test_pairs_mixed_with_labelled_images(tmp_path):
         ("d.json.gz", b"no gzip", "is damaged or no gzip file"),
         ("d.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "is damaged or no gzip file"),
         ("d.parquet", b"PAR1 and no more", "cannot be read as Parquet"),
-        ("d.csv", b"a,b", "preference data ends in .json, .jsonl"),
-        ("d.parquet.gz", b"", "preference data ends in .json, .jsonl"),
+        ("d.csv", b"a,b", "a file of records ends in .json, .jsonl"),
+        ("d.parquet.gz", b"", "a file of records ends in .json, .jsonl"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, content, message):
@@ -299,7 +299,7 @@ def test_sizes_are_bounded(tmp_path, monkeypatch, name):
     assert "holds more than 49 records" in refusal(uri)
     monkeypatch.setattr(preferences, "MAX_RECORDS", 50)
     # 250 KB of prompts; packed, and in the dictionary of Parquet, they take less than the limit.
-    monkeypatch.setattr(preference_files, "MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(record_files, "MAX_FILE_BYTES", 100_000)
     expected = "is larger than max_bytes=100000" if name == "d.json" else "unpacks to more than max_file_bytes=100000"
     assert expected in refusal(uri)
 

@@ -1,4 +1,4 @@
-"""From a JSON, JSONL or Parquet file of preference data to its raw records; knows nothing of what they mean.
+"""From a JSON, JSONL or Parquet file to its raw records: preference data, ratings, scores. Knows not what they mean.
 
 A file is read whole, within ``MAX_FILE_BYTES``, from ``s3://`` or a local path. Records are numbered from 1, and in
 JSONL by line, so that a message leads to the place.
@@ -10,7 +10,7 @@ import gzip
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
@@ -53,6 +53,18 @@ def read_raw(uri: str) -> Iterator[tuple[int, dict[str, Any] | Fault]]:
     return _jsonl(data) if kind == "jsonl" else _json(data, uri)
 
 
+def whole(uri: str, raw: Iterable[tuple[int, dict[str, Any] | Fault]]) -> list[dict[str, Any]]:
+    """All records that ``read_raw`` gave for a file. Raises ``ConfigError`` for an entry that is none, or no entry."""
+    records = []
+    for number, record in raw:
+        if isinstance(record, Fault):
+            raise ConfigError(f"{uri}, record {number}: {record.reason}")
+        records.append(record)
+    if not records:
+        raise ConfigError(f"{uri} holds no records")
+    return records
+
+
 def format_of(uri: str) -> tuple[Format, bool]:
     """Format by file name, and whether it is packed with gzip. Raises ``ConfigError``."""
     name = uri.rsplit("/", 1)[-1]
@@ -60,7 +72,7 @@ def format_of(uri: str) -> tuple[Format, bool]:
     for suffix, kind in _SUFFIXES.items():
         if plain.endswith(suffix) and not (kind == "parquet" and plain != name):
             return kind, plain != name
-    raise ConfigError(f"{uri}: preference data ends in .json, .jsonl, .ndjson (each also with .gz) or .parquet")
+    raise ConfigError(f"{uri}: a file of records ends in .json, .jsonl, .ndjson (each also with .gz) or .parquet")
 
 
 def _get(uri: str) -> bytes:
@@ -69,7 +81,7 @@ def _get(uri: str) -> bytes:
     except FileNotFoundError as error:
         raise ConfigError(f"no such file: {uri}") from error
     except (IsADirectoryError, NotADirectoryError) as error:
-        raise ConfigError(f"{uri} is no file; name one file of preference data") from error
+        raise ConfigError(f"{uri} is no file; name one file of records") from error
 
 
 def _unpack(data: bytes, uri: str) -> bytes:
