@@ -86,3 +86,7 @@ class ConfigError(AssayError):
 
 class InfrastructureError(AssayError):
     """The cluster or storage cannot do the work that was asked. jobs: exit 4."""
+
+
+class TrainingError(AssayError):
+    """Training cannot go on: its loss or its gradients are no finite numbers. The last saved state is kept."""
