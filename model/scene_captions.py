@@ -142,10 +142,8 @@ def _match_words(mismatch: Mismatch | None) -> str:
 
 def _group_words(group: Group) -> list[tuple[Field | None, str]]:
     count, *rest = noun_phrase(group).split()
-    if group.kind is Kind.PERSON:  # one person in red
-        fields = (Field.KIND, None, Field.COLOUR)
-    else:
-        fields = (Field.COLOUR, Field.KIND)
+    is_person = group.kind is Kind.PERSON  # of whom one says "a person in red"
+    fields = [Field.KIND, None, Field.COLOUR] if is_person else [Field.COLOUR, Field.KIND]
     return [(Field.COUNT, count), *zip(fields, rest, strict=True)]
 
 

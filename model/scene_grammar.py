@@ -177,9 +177,7 @@ def sample_spec(random: Random) -> SceneSpec:
 
 # One colour of each kind, spread over all colours: shown to no training, so that what was learnt of a kind and of a
 # colour can be measured on pairs of them that were never seen.
-HELD_OUT_PAIRS = frozenset(
-    (kind, list(Colour)[(3 * position + 1) % len(Colour)]) for position, kind in enumerate(Kind)
-)
+HELD_OUT_PAIRS = frozenset((kind, list(Colour)[(3 * position + 1) % len(Colour)]) for position, kind in enumerate(Kind))
 
 
 def holds_held_out_pair(spec: SceneSpec) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -39,7 +38,8 @@ class Pretraining:
     def __init__(self, out: Path, config: PretrainConfig, *, workers: int = 1) -> None:
         self.out, self.config, self._workers = out, config, workers
         self.backbone = out / "backbone"
-        write_configs(self.backbone, config.network)
+        if not self._state_path.exists():
+            write_configs(self.backbone, config.network)
         self.network = PretrainNetwork(self.backbone, config.seed, is_mixed=config.learning.is_mixed)
         self.optimizer = _optimizer(self.network, config.learning)
         self.step = 0
@@ -71,7 +71,7 @@ class Pretraining:
         }
         partial = self._state_path.with_suffix(".partial")
         torch.save(state, partial)
-        os.replace(partial, self._state_path)
+        partial.replace(self._state_path)
         self.network.write(self.backbone)
 
     def stop(self) -> None:
@@ -113,7 +113,8 @@ class Pretraining:
             said = self.network(ordered[start : start + learning.micro_batch])
             text_loss: Tensor = (said.losses * said.weights).sum() / total
             cell_loss: Tensor = said.cell_loss / len(batch)
-            (text_loss + learning.cell_weight * cell_loss).backward()
+            loss: Tensor = text_loss + learning.cell_weight * cell_loss
+            loss.backward()  # type: ignore[no-untyped-call]
             text, cells = text + text_loss.item(), cells + cell_loss.item()
         norm = float(nn.utils.clip_grad_norm_(self.network.parameters(), learning.clip))
         if not (math.isfinite(text + cells) and math.isfinite(norm)):

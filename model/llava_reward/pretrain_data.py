@@ -192,4 +192,5 @@ def _grid_labels(scene: Scene, layout: HdLayout, columns: int, rows: int) -> np.
 def _overlaps(start: float, length: float, cell: float, number: int) -> np.ndarray:
     """Length that a stretch has in common with each of ``number`` cells: ``(number,)``."""
     edges = np.arange(number + 1) * cell
-    return np.clip(np.minimum(edges[1:], start + length) - np.maximum(edges[:-1], start), 0, None)
+    common: np.ndarray = np.clip(np.minimum(edges[1:], start + length) - np.maximum(edges[:-1], start), 0, None)
+    return common

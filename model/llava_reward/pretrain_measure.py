@@ -11,19 +11,20 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from model.llava_reward.pretrain_data import FIELDS, NO_FIELD, Sample
-from model.llava_reward.pretrain_network import PretrainNetwork, Predictions
+from model.llava_reward.pretrain_network import Predictions, PretrainNetwork
 
 
 def measure(network: PretrainNetwork, batches: Iterable[Sequence[Sample]]) -> dict[str, float]:
     """Over all samples of ``batches``.
 
-    - loss: mean cross-entropy of a caption token in nats; cells: mean binary cross-entropy of a cell, summed over labels
+    - loss: mean cross-entropy of a caption token in nats
+    - cells: mean binary cross-entropy of a cell, summed over its labels, in nats
     - exact: share of captions of which every token is the likeliest one
     - one of each ``Field``: share of its tokens that are the likeliest
     """
     right: Counter[str] = Counter()
     asked: Counter[str] = Counter()
-    sums: Counter[str] = Counter()
+    sums = {"loss": 0.0, "cells": 0.0}
     network.eval()
     with torch.inference_mode():
         for samples in batches:
@@ -38,7 +39,7 @@ def measure(network: PretrainNetwork, batches: Iterable[Sequence[Sample]]) -> di
 
 
 def _count(
-    samples: Sequence[Sample], said: Predictions, right: Counter[str], asked: Counter[str], sums: Counter[str]
+    samples: Sequence[Sample], said: Predictions, right: Counter[str], asked: Counter[str], sums: dict[str, float]
 ) -> None:
     start = 0
     for row, sample in enumerate(samples):

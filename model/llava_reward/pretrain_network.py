@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from model.llava_reward.backbones.phi3v import Phi3VModel, Phi3VSample, Phi3VShared, VisionEncoder, read_backbone
+from model.llava_reward.backbones.phi3v import Phi3VModel, Phi3VSample, Phi3VShared, read_backbone
 from model.llava_reward.pixels import crops_from_pixels
 from model.llava_reward.pretrain_config import NetworkSizes
 from model.llava_reward.pretrain_data import LABELS, Sample
@@ -73,7 +72,7 @@ class PretrainNetwork(nn.Module):
         self.backbone = read_backbone(folder)
         with torch.device("meta"):
             vision, model = self.backbone.build_vision(), self.backbone.build_model()
-        self.vision = cast(VisionEncoder, vision.to_empty(device="cpu"))
+        self.vision = vision.to_empty(device="cpu")
         self.model = model.to_empty(device="cpu")
         self.cells = nn.Linear(4 * self.backbone.clip.hidden_size, len(LABELS))
         _initialise(self, torch.Generator().manual_seed(seed))
@@ -99,7 +98,9 @@ class PretrainNetwork(nn.Module):
         for sample in samples:
             pixels, side = torch.from_numpy(sample.pixels), self.backbone.clip.image_size
             grid = (pixels.shape[0] // side, pixels.shape[1] // side)
-            batch.append(Phi3VSample(torch.from_numpy(sample.input_ids), crops_from_pixels(pixels[None], side)[0], grid))
+            batch.append(
+                Phi3VSample(torch.from_numpy(sample.input_ids), crops_from_pixels(pixels[None], side)[0], grid)
+            )
         return self.backbone.share(self.vision, batch)
 
     def _cell_loss(self, shared: Phi3VShared, samples: Sequence[Sample]) -> Tensor:
@@ -119,7 +120,7 @@ class PretrainNetwork(nn.Module):
         stored = {name: t.detach().to(_STORED).contiguous() for name, t in sorted(tensors.items())}
         partial = folder / "model.safetensors.partial"
         save_file(stored, partial, metadata={"format": "pt"})
-        os.replace(partial, folder / "model.safetensors")
+        partial.replace(folder / "model.safetensors")
 
 
 def is_cell(fine: int, columns: int, side: int) -> Tensor:
@@ -182,7 +183,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _lm_config(sizes: NetworkSizes, vocabulary: int, end_id: int) -> dict[str, Any]:
+def _lm_config(sizes: NetworkSizes, vocabulary: int, end_id: int | None) -> dict[str, Any]:
     pairs = sizes.hidden // sizes.heads // 2
     return {
         "model_type": "phi3_v",

@@ -81,7 +81,7 @@ def write_checkpoint(out: Path, seed: int = _SEED) -> None:
     built = read_backbone(backbone)
     _write_backbone(backbone, built, generator)
     for perspective in Perspective:
-        _write_adapter(out / perspective, built, generator)
+        write_adapter(out / perspective, built, generator)
     write_golden(out, seed)
 
 
@@ -150,7 +150,8 @@ def _write_backbone(folder: Path, built: Phi3VBackbone, generator: torch.Generat
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_adapter(folder: Path, built: Phi3VBackbone, generator: torch.Generator) -> None:
+def write_adapter(folder: Path, built: Phi3VBackbone, generator: torch.Generator) -> None:
+    """A random adapter for a backbone, as published: SkipCA, a Bradley-Terry head, projector and LoRA."""
     (folder / "lora").mkdir(parents=True, exist_ok=True)
     (folder / "reward_config.yaml").write_text(_REWARD_CONFIG, encoding="utf-8")
     lora_config = {"peft_type": "LORA", "r": _LORA_RANK, "lora_alpha": 2 * _LORA_RANK, "target_modules": [*_TARGETS]}
