@@ -89,4 +89,4 @@ class InfrastructureError(AssayError):
 
 
 class DivergedError(AssayError):
-    """Training left the finite numbers; the same run again would, too. jobs: exit 1."""
+    """A loss or gradient of training is no finite number, and would not be again; what was saved stays. jobs: exit 1."""

@@ -175,6 +175,16 @@ def sample_spec(random: Random) -> SceneSpec:
     return SceneSpec(groups, relation, background, random.choice(list(Style)), says_background, says_style)
 
 
+# One colour of each kind, spread over all colours: shown to no training, so that what was learnt of a kind and of a
+# colour can be measured on pairs of them that were never seen.
+HELD_OUT_PAIRS = frozenset((kind, list(Colour)[(3 * position + 1) % len(Colour)]) for position, kind in enumerate(Kind))
+
+
+def holds_held_out_pair(spec: SceneSpec) -> bool:
+    """Whether any group has a kind in a colour that training never shows."""
+    return any((group.kind, group.colour) in HELD_OUT_PAIRS for group in spec.groups)
+
+
 def possible_mismatches(spec: SceneSpec) -> tuple[Mismatch, ...]:
     """The attributes that a prompt of ``spec`` states, and that an image can therefore contradict."""
     possible = [Mismatch.COLOUR, Mismatch.KIND, Mismatch.COUNT]
@@ -239,13 +249,14 @@ def describe(spec: SceneSpec, random: Random) -> str:
 
 
 def _subject(spec: SceneSpec) -> str:
-    words = [_noun_phrase(group) for group in spec.groups]
+    words = [noun_phrase(group) for group in spec.groups]
     if spec.relation is not None:
         words[:2] = [f"{words[0]} {spec.relation} {words[1]}"]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def _noun_phrase(group: Group) -> str:
+def noun_phrase(group: Group) -> str:
+    """The group as prompts name it: ``a red ball``, ``two people in blue``."""
     noun = _noun(group)
     phrase = f"{noun} in {group.colour}" if group.kind is Kind.PERSON else f"{group.colour} {noun}"
     return f"{_article(phrase) if group.count == 1 else _NUMBERS[group.count]} {phrase}"

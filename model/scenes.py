@@ -67,14 +67,40 @@ class SceneTruth:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """One thing in the image: left, top and side of its square in pixels. ``is_flawed``: broken, or wrong anatomy."""
+
+    group: Group
+    left: int
+    top: int
+    side: int
+    is_flawed: bool
+
+
+@dataclass(frozen=True)
+class PlacedSign:
+    """The sign in the image, prohibited or harmless: left, top and side of its square in pixels."""
+
+    sign: ProhibitedSign | HarmlessSign
+    left: int
+    top: int
+    side: int
+
+
+@dataclass(frozen=True)
 class Scene:
-    """An RGB image, its prompt, and what is true of it: ``asked`` by the prompt, ``shown`` in the image."""
+    """An RGB image, its prompt, and what is true of it: ``asked`` by the prompt, ``shown`` in the image.
+
+    ``things`` and ``sign`` say where everything is; ``sign`` names a harmless one too, of which the truth is silent.
+    """
 
     image: Image.Image
     prompt: str
     truth: SceneTruth
     asked: SceneSpec
     shown: SceneSpec
+    things: tuple[Placed, ...]
+    sign: PlacedSign | None
 
 
 def draw(seed: int, *, size: tuple[int, int] = (512, 512), truth: SceneTruth | None = None) -> Scene:
@@ -85,14 +111,24 @@ def draw(seed: int, *, size: tuple[int, int] = (512, 512), truth: SceneTruth | N
     """
     if min(size) < 64:
         raise ValueError(f"size {size} is below 64 pixels; nothing would be recognisable")
-    asked = sample_spec(_random("spec", seed))
+    asked = asked_spec(seed)
     if truth is None:
         truth = _sample_truth(asked, seed)
-    shown = _shown(asked, truth.mismatch, seed)
+    shown = shown_spec(seed, truth.mismatch)
     if truth.artefact is Artefact.WRONG_ANATOMY and not _has_person(shown):
         raise ValueError(f"scene {seed} shows no person whose anatomy could be wrong")
-    image = _render(shown, truth, size, seed)
-    return Scene(image, describe(asked, _random("prompt", seed)), truth, asked, shown)
+    image, things, sign = _render(shown, truth, size, seed)
+    return Scene(image, describe(asked, _random("prompt", seed)), truth, asked, shown, things, sign)
+
+
+def asked_spec(seed: int) -> SceneSpec:
+    """What the prompt of ``seed`` asks for; nothing is drawn."""
+    return sample_spec(_random("spec", seed))
+
+
+def shown_spec(seed: int, mismatch: Mismatch | None) -> SceneSpec:
+    """What the image of ``seed`` shows with that mismatch; nothing is drawn."""
+    return _shown(asked_spec(seed), mismatch, seed)
 
 
 def possible_truths(seed: int) -> Iterator[SceneTruth]:
@@ -130,21 +166,24 @@ def _has_person(spec: SceneSpec) -> bool:
     return any(group.kind is Kind.PERSON for group in spec.groups)
 
 
-def _render(shown: SceneSpec, truth: SceneTruth, size: tuple[int, int], seed: int) -> Image.Image:
+def _render(
+    shown: SceneSpec, truth: SceneTruth, size: tuple[int, int], seed: int
+) -> tuple[Image.Image, tuple[Placed, ...], PlacedSign | None]:
     image = paint_background(shown.background, size, _random("background", seed))
     layout, flaw = _random("layout", seed), _random("flaw", seed)
     broken = _broken_group(shown, truth.artefact, flaw)
-    taken: list[tuple[int, int, int]] = []
+    things: list[Placed] = []
     for group, cell in zip(shown.groups, _cells(shown, size), strict=True):
         spots, side = _spots(group.count, cell, min(size), layout)
-        taken += [(*spot, side) for spot in spots]
         tile = paint(group, side, shown.style)
         for number, spot in enumerate(spots):
             is_broken = group is broken and number == 0
             placed = _broken_tile(group, side, shown, truth.artefact, flaw) if is_broken else tile
             image.paste(placed, spot, placed)
-    _add_sign(image, shown, truth.sign, taken, _random("sign", seed))
-    return image if truth.artefact is None else damage(image, truth.artefact, flaw)
+            things.append(Placed(group, *spot, side, is_broken))
+    sign = _add_sign(image, shown, truth.sign, things, _random("sign", seed))
+    damaged = image if truth.artefact is None else damage(image, truth.artefact, flaw)
+    return damaged, tuple(things), sign
 
 
 def _broken_group(shown: SceneSpec, artefact: Artefact | None, random: Random) -> Group | None:
@@ -196,26 +235,23 @@ def _spots(count: int, cell: Cell, unit: int, random: Random) -> tuple[list[tupl
 
 
 def _add_sign(
-    image: Image.Image,
-    shown: SceneSpec,
-    sign: ProhibitedSign | None,
-    taken: list[tuple[int, int, int]],
-    random: Random,
-) -> None:
+    image: Image.Image, shown: SceneSpec, sign: ProhibitedSign | None, things: list[Placed], random: Random
+) -> PlacedSign | None:
     """The prohibited sign, or now and then a harmless one, at a place that tells nothing of which it is.
 
-    ``taken``: left, top and side of the things. A sign that hid one would make the prompt wrong as well, so of
-    several places the freest is used.
+    A sign that hid a thing would make the prompt wrong as well, so of several places the freest is used.
     """
     harmless = random.choice(list(HarmlessSign)) if random.random() < _HARMLESS_SIGN_SHARE else None
     shown_sign = sign or harmless
     if shown_sign is None:
-        return
+        return None
     side = round(min(image.size) * random.uniform(0.16, 0.22))
     spots = [(random.randrange(image.width - side), random.randrange(image.height - side)) for _ in range(24)]
+    taken = [(thing.left, thing.top, thing.side) for thing in things]
     spot = min(spots, key=lambda spot: sum(_overlap((*spot, side), thing) for thing in taken))
     tile = paint_sign(shown_sign, side, shown.style, random)
     image.paste(tile, spot, tile)
+    return PlacedSign(shown_sign, *spot, side)
 
 
 def _overlap(a: tuple[int, int, int], b: tuple[int, int, int]) -> int:

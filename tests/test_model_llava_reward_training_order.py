@@ -46,10 +46,11 @@ def test_steps_are_counted_and_divided() -> None:
 
 
 def test_the_rate_rises_and_falls() -> None:
-    factors = [learning_rate_factor(step, 100, 0.03) for step in range(100)]
+    factors = [learning_rate_factor(step, 100, 3) for step in range(100)]
     assert factors[:4] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])  # three steps of warm-up, then the cosine from 1
     assert factors[51] == pytest.approx(0.5, abs=0.01)  # half way between 3 and 100
     assert factors[2:] == sorted(factors[2:], reverse=True)
     assert 0 < factors[-1] < 0.001
-    assert learning_rate_factor(0, 1, 0.03) == 1.0
-    assert learning_rate_factor(0, 5, 0.0) == 1.0
+    assert learning_rate_factor(0, 1, 1) == 1.0
+    assert learning_rate_factor(0, 5, 0) == 1.0
+    assert learning_rate_factor(5, 5, 0, 0.1) == pytest.approx(0.1)

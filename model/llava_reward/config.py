@@ -121,6 +121,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """A configuration file as everything here writes it."""
+    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def read_phi3v_config(path: Path) -> Phi3VConfig:
     """The language model's part of a Phi-3.5-vision ``config.json``."""
     values = read_json(path)

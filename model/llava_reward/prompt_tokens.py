@@ -86,6 +86,11 @@ class PromptTokenizer:
         plain = self._plain.encode(f"{self._text.lead}{prompt}", add_special_tokens=is_part).ids
         return [*self._opening, *plain, self.end_id]
 
+    def inner_ids(self, text: str) -> list[int]:
+        """Ids of a piece of plain text that begins or ends nothing: no start token, no end token."""
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        return ids
+
     def least_tokens(self, prompt: str) -> int:
         """A number of tokens that the prompt certainly exceeds or equals, without the cost of encoding it."""
         return len(prompt) // (self.max_token_chars * _MOST_COMPOSED)

@@ -7,11 +7,9 @@ images. Scaled so that rewards differ between inputs, which untrained networks o
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +21,10 @@ from model.errors import InfrastructureError
 from model.golden import GOLDEN_FILE
 from model.llava_reward.backbones.phi3v import Phi3VBackbone, read_backbone
 from model.llava_reward.bundle import read_bundle
-from model.llava_reward.config import HeadConfig
+from model.llava_reward.config import HeadConfig, write_json
 from model.llava_reward.network import RewardBranch
-from model.llava_reward.tiny_tokenizer import END, build_tokenizer
+from model.llava_reward.small_phi3v import NetworkSizes, write_configs
+from model.llava_reward.tiny_tokenizer import build_tokenizer
 from model.modes import EXACT, FEW_CROPS
 from model.perspectives import Perspective
 from model.schema import Generation
@@ -38,16 +37,19 @@ _TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 _STORED = torch.bfloat16  # as published; halves the repository's share
 
 # 112-pixel crops, at most four: 93 image tokens for a square picture instead of 2509.
-_CLIP = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": 112,
-    "patch_size": 14,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
+_SIZES = NetworkSizes(
+    crop=112,
+    patch=14,
+    num_crops=4,
+    tower_width=64,
+    tower_mlp=128,
+    tower_layers=2,
+    tower_heads=4,
+    hidden=128,
+    mlp=256,
+    layers=4,
+    heads=4,
+)
 _SCORER = {
     "system": "llava_reward",
     "family": "phi3v",
@@ -56,7 +58,7 @@ _SCORER = {
     "is_trained": False,
     "backbone": "backbone",
     "adapters": {p.value: p.value for p in Perspective},
-    "num_crops": 4,
+    "num_crops": _SIZES.num_crops,
     "notes": "Random weights for demonstrations and tests: its rewards mean nothing.",
 }
 _REWARD_CONFIG = """\
@@ -75,16 +77,12 @@ def write_checkpoint(out: Path, seed: int = _SEED) -> None:
     """Write the whole bundle into ``out``, which is created; equal seeds give equal weights and golden rewards."""
     generator = torch.Generator().manual_seed(seed)
     backbone = out / "backbone"
-    backbone.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "scorer.json", _SCORER)
-    _write_json(backbone / "clip_tower.json", _CLIP)
-    tokenizer = build_tokenizer(seed)
-    tokenizer.save(str(backbone / "tokenizer.json"))
-    _write_json(backbone / "config.json", _lm_config(tokenizer.get_vocab_size(), tokenizer.token_to_id(END)))
+    write_configs(backbone, _SIZES, build_tokenizer(seed), is_tied=False)
+    write_json(out / "scorer.json", _SCORER)
     built = read_backbone(backbone)
     _write_backbone(backbone, built, generator)
     for perspective in Perspective:
-        _write_adapter(out / perspective, built, generator)
+        write_adapter(out / perspective, built, generator)
     write_golden(out, seed)
 
 
@@ -112,7 +110,7 @@ def write_golden(out: Path, seed: int = _SEED, *, device: str = "cpu", is_scaled
         cases = [case | {FEW_CROPS: own} for case, own in zip(cases, values, strict=True)]
     largest = max(1.0, *(abs(value) for case in exact for row in case.values() for value in row))
     tolerance = {"float32": 1e-3, "bfloat16": round(5e-2 * (largest if is_scaled else 1.0), 3)}
-    _write_json(out / GOLDEN_FILE, {"tolerance": tolerance, "cases": cases})
+    write_json(out / GOLDEN_FILE, {"tolerance": tolerance, "cases": cases})
 
 
 def _values(
@@ -128,46 +126,6 @@ def _values(
     return found
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _lm_config(vocabulary: int, end_id: int | None) -> dict[str, Any]:
-    return {
-        "model_type": "phi3_v",
-        "architectures": ["Phi3VForCausalLM"],
-        "vocab_size": math.ceil(vocabulary / 64) * 64,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "hidden_act": "silu",
-        "max_position_embeddings": 4096,
-        "original_max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "rope_scaling": {
-            "type": "su",
-            "short_factor": [round(1 + 0.02 * j, 4) for j in range(16)],
-            "long_factor": [round(1 + 0.06 * j, 4) for j in range(16)],
-        },
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": end_id,
-        "torch_dtype": "bfloat16",
-        "embd_layer": {
-            "embedding_cls": "image",
-            "hd_transform_order": "sub_glb",
-            "projection_cls": "mlp",
-            "use_hd_transform": True,
-            "with_learnable_separator": True,
-        },
-        "img_processor": {"name": "clip_vision_model", "image_dim_out": 64, "num_img_tokens": 16},
-    }
-
-
 def _write_backbone(folder: Path, built: Phi3VBackbone, generator: torch.Generator) -> None:
     with torch.device("meta"):
         vision, branch = built.build_vision(), RewardBranch(built, HeadConfig(False, False, 1, 0.1))
@@ -177,11 +135,12 @@ def _write_backbone(folder: Path, built: Phi3VBackbone, generator: torch.Generat
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_adapter(folder: Path, built: Phi3VBackbone, generator: torch.Generator) -> None:
+def write_adapter(folder: Path, built: Phi3VBackbone, generator: torch.Generator) -> None:
+    """A random adapter for a backbone, as published: SkipCA, a Bradley-Terry head, projector and LoRA."""
     (folder / "lora").mkdir(parents=True, exist_ok=True)
     (folder / "reward_config.yaml").write_text(_REWARD_CONFIG, encoding="utf-8")
     lora_config = {"peft_type": "LORA", "r": _LORA_RANK, "lora_alpha": 2 * _LORA_RANK, "target_modules": [*_TARGETS]}
-    _write_json(folder / "lora" / "adapter_config.json", lora_config)
+    write_json(folder / "lora" / "adapter_config.json", lora_config)
     with torch.device("meta"):
         branch = RewardBranch(built, HeadConfig(True, False, 1, 0.1))
     shapes = {name: t.shape for name, t in branch.state_dict().items()}

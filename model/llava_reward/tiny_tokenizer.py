@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -76,7 +76,14 @@ morning fog rain snow winter summer white background minimal style film grain vi
 
 def build_tokenizer(seed: int) -> Tokenizer:
     """Train the tokenizer; equal seeds give equal files."""
-    vocabulary, merges = _train(seed)
+    # Words are cut apart for training only, so that no token spans two words.
+    cut = pre_tokenizers.Metaspace(_BLANK, prepend_scheme="always")
+    return train_tokenizer(sentences(seed), cut, _MAX_VOCAB)
+
+
+def train_tokenizer(texts: Iterable[str], cut: pre_tokenizers.PreTokenizer, max_vocab: int) -> Tokenizer:
+    """A LLaMA-style tokenizer from ``texts``, cut into words by ``cut`` while it is trained."""
+    vocabulary, merges = _train(texts, cut, max_vocab)
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=_UNKNOWN, fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_BLANK), normalizers.Replace(" ", _BLANK)])
     tokenizer.decoder = decoders.Sequence(
@@ -88,18 +95,19 @@ def build_tokenizer(seed: int) -> Tokenizer:
     return tokenizer
 
 
-def _train(seed: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _train(
+    texts: Iterable[str], cut: pre_tokenizers.PreTokenizer, max_vocab: int
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
     reserved = [_UNKNOWN, "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(models.BPE(unk_token=_UNKNOWN, byte_fallback=True))
-    # Words are cut apart for training only, so that no token spans two words.
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_BLANK, prepend_scheme="always")
+    tokenizer.pre_tokenizer = cut
     trainer = trainers.BpeTrainer(
-        vocab_size=_MAX_VOCAB,
+        vocab_size=max_vocab,
         special_tokens=reserved,
         initial_alphabet=[chr(code) for code in range(33, 127)],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(sentences(seed), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     model = json.loads(tokenizer.to_str())["model"]
     return model["vocab"], [(left, right) for left, right in model["merges"]]
 

@@ -156,7 +156,8 @@ class Loop:
         )
 
     def _set_learning_rate(self) -> float:
-        factor = learning_rate_factor(self.step, self.total_steps, self._settings.warmup_share)
+        warmup = math.ceil(self.total_steps * self._settings.warmup_share)
+        factor = learning_rate_factor(self.step, self.total_steps, warmup)
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         return self._settings.learning_rate * factor

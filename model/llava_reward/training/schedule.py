@@ -1,13 +1,16 @@
-"""Learning rate by step: linear warm-up, then half a cosine down to 0."""
+"""Learning rate by step: linear warm-up, then half a cosine."""
 
 from __future__ import annotations
 
 import math
 
 
-def learning_rate_factor(step: int, total: int, warmup_share: float) -> float:
-    """Factor of the peak rate for a step counted from 0, in (0, 1]; 1 at the last step of the warm-up."""
-    warmup = math.ceil(total * warmup_share)
+def learning_rate_factor(step: int, total: int, warmup: int, last: float = 0.0) -> float:
+    """Factor of the peak rate for a step counted from 0: 1 at the last step of the warm-up, ``last`` after all steps.
+
+    - warmup: steps of it
+    """
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    falling = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+    return last + (1 - last) * falling

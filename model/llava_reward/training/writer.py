@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from model.errors import ConfigError
 from model.golden import GOLDEN_FILE
 from model.llava_reward import tiny
 from model.llava_reward.backbones.interface import Backbone
+from model.llava_reward.config import write_json
 from model.llava_reward.lora import layer_projections
 from model.llava_reward.losses import LearnableTau
 from model.llava_reward.training.base import Base
@@ -85,7 +85,7 @@ def write_adapter(out: Path, trained: Trained, backbone: Backbone[Any, Any], dty
     (out / "lora").mkdir(parents=True, exist_ok=True)
     torch.save(head, out / "pytorch_model.bin")
     torch.save(lora, out / "lora" / "adapter_model.bin")
-    _write_json(out / "lora" / "adapter_config.json", _lora_config(trained, backbone))
+    write_json(out / "lora" / "adapter_config.json", _lora_config(trained, backbone))
     (out / "reward_config.yaml").write_text(_reward_config(trained), encoding="utf-8")
 
 
@@ -172,12 +172,8 @@ def write_golden(out: Path, scorer: Mapping[str, Any], device: str) -> None:
 def write_scorer(out: Path, values: Mapping[str, Any]) -> None:
     """``scorer.json``, appearing whole or not at all."""
     temporary = out / f".{SCORER_FILE}"
-    _write_json(temporary, values)
+    write_json(temporary, values)
     temporary.replace(out / SCORER_FILE)
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def group_changes(

@@ -1,0 +1,157 @@
+"""A small phi3v that learns to caption: the reward's own tower, projector and layers, with two heads for training.
+
+The language-model head is the embedding itself, so it adds no weights; the head that says what each cell of the
+image shows is dropped with training. What is written is a backbone folder in the published layout.
+
+Letters: b: samples, n: tokens, h: hidden size, q: cells of one image, v: labels of a cell, w: width of the tower.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from model.llava_reward.backbones.layers import Layout, Rope, every_token
+from model.llava_reward.backbones.phi3v import Phi3VModel, Phi3VSample, Phi3VShared, read_backbone
+from model.llava_reward.pixels import crops_from_pixels
+from model.llava_reward.pretrain_data import LABELS, Sample
+
+_STORED = torch.bfloat16
+_VISION = "model.vision_embed_tokens."
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a batch was asked and what the network said.
+
+    - losses: ``(asked,)`` cross-entropy of each asked token, in nats; guesses: ``(asked,)`` the likeliest ids
+    - asked: ``(b, n)`` bool, the tokens that were asked; weights: ``(asked,)``
+    - cell_loss: scalar, summed over labels, averaged over cells, summed over samples
+    """
+
+    losses: Tensor
+    guesses: Tensor
+    asked: Tensor
+    weights: Tensor
+    cell_loss: Tensor
+
+
+class Bf16Linear(nn.Linear):
+    """Multiplies in bfloat16 and answers in float32; weights, optimizer and all else stay in float32.
+
+    Twice as fast where the processor has such instructions. Autocast would take attention along, whose backward pass
+    is three times slower in bfloat16 on a CPU.
+    """
+
+    def forward(self, values: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.bfloat16()
+        return F.linear(values.bfloat16(), self.weight.bfloat16(), bias).float()
+
+
+class PretrainNetwork(nn.Module):
+    """Backbone and training heads.
+
+    - folder: holds the backbone's configuration files (``small_phi3v.py``)
+    - is_mixed: multiply in bfloat16
+    """
+
+    def __init__(self, folder: Path, seed: int, *, is_mixed: bool = False) -> None:
+        super().__init__()
+        self.backbone = read_backbone(folder)
+        with torch.device("meta"):
+            vision, model = self.backbone.build_vision(), self.backbone.build_model()
+        self.vision = vision.to_empty(device="cpu")
+        self.model = model.to_empty(device="cpu")
+        self.cells = nn.Linear(4 * self.backbone.clip.hidden_size, len(LABELS))
+        _initialise(self, torch.Generator().manual_seed(seed))
+        if is_mixed:
+            for module in self.modules():
+                if type(module) is nn.Linear:
+                    module.__class__ = Bf16Linear  # same weights, same names
+
+    def forward(self, samples: Sequence[Sample]) -> Predictions:
+        """One pass over samples of any lengths."""
+        shared = self._share(samples)
+        image_tokens = self.backbone.project(self.model, shared)
+        [(run, rope)] = shared.runs  # no two samples hold the same tensor, so none are joined
+        embedded = self.model.embed(run.input_ids, torch.cat(list(image_tokens)))
+        hidden = _all_positions(self.model, embedded, rope, run.layout)
+        weights = pad_sequence([torch.from_numpy(s.weights) for s in samples], batch_first=True)
+        asked = weights > 0
+        # The state before a token predicts it.
+        said = hidden[:, :-1][asked[:, 1:]] @ self.model.embed_tokens.weight.T
+        losses = F.cross_entropy(said.float(), run.input_ids[asked], reduction="none")
+        return Predictions(losses, said.argmax(-1), asked, weights[asked], self._cell_loss(shared, samples))
+
+    def _share(self, samples: Sequence[Sample]) -> Phi3VShared:
+        batch = []
+        for sample in samples:
+            pixels, side = torch.from_numpy(sample.pixels), self.backbone.clip.image_size
+            grid = (pixels.shape[0] // side, pixels.shape[1] // side)
+            batch.append(
+                Phi3VSample(torch.from_numpy(sample.input_ids), crops_from_pixels(pixels[None], side)[0], grid)
+            )
+        return self.backbone.share(self.vision, batch)
+
+    def _cell_loss(self, shared: Phi3VShared, samples: Sequence[Sample]) -> Tensor:
+        side = self.backbone.clip.merged_per_side
+        losses = []
+        for merged, sample in zip(shared.merged, samples, strict=True):
+            columns = sample.pixels.shape[1] // self.backbone.clip.image_size * side
+            wanted = torch.from_numpy(sample.cells).float()
+            said = self.cells(merged[is_cell(len(wanted) - side * side, columns, side)])
+            losses.append(F.binary_cross_entropy_with_logits(said.float(), wanted, reduction="sum") / len(wanted))
+        return torch.stack(losses).sum()
+
+    def write(self, folder: Path) -> None:
+        """The trained backbone in bfloat16 beside its configuration files, whole or not at all."""
+        tensors = {f"{_VISION}{name}": t for name, t in self.vision.state_dict().items()}
+        tensors |= {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        stored = {name: t.detach().to(_STORED).contiguous() for name, t in sorted(tensors.items())}
+        partial = folder / "model.safetensors.partial"
+        save_file(stored, partial, metadata={"format": "pt"})
+        partial.replace(folder / "model.safetensors")
+
+
+def is_cell(fine: int, columns: int, side: int) -> Tensor:
+    """Which merged tokens are cells, the others being separators: ``(tokens of one picture,)`` bool.
+
+    - fine: cells of the crops; columns: of them in a row; side: cells per side of the global view
+    """
+    rows = torch.ones(fine // columns, columns + 1, dtype=torch.bool)
+    whole = torch.ones(side, side + 1, dtype=torch.bool)
+    rows[:, -1] = whole[:, -1] = False
+    return torch.cat((rows.flatten(), torch.tensor([False]), whole.flatten()))
+
+
+def _all_positions(model: Phi3VModel, hidden: Tensor, rope: Rope, layout: Layout) -> Tensor:
+    """Of all tokens, ``(b, n, h)`` to ``(b, n, h)`` after the final norm."""
+    for layer in model.layers:
+        hidden = layer(every_token, hidden, rope, layout)
+    normed: Tensor = model.norm(hidden)
+    return normed
+
+
+def _initialise(network: PretrainNetwork, generator: torch.Generator) -> None:
+    """Gaussians that keep activations near one; what is added to the residual stream starts small."""
+    depth = {"vision": network.backbone.clip.feature_layers, "model": network.backbone.num_layers}
+    with torch.no_grad():
+        for name, parameter in sorted(network.named_parameters()):
+            if parameter.dim() == 1 and "class_embedding" not in name:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            fan_in = math.prod(parameter.shape[1:]) if parameter.dim() > 1 else len(parameter)
+            scale = 1 / math.sqrt(fan_in)
+            if name.endswith(("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")):
+                scale /= math.sqrt(2 * depth[name.split(".")[0]])
+            elif name.endswith(("_GN", "position_embedding.weight", "class_embedding")):
+                scale = 0.02 if "embedding" in name else 1.0
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))

@@ -1,0 +1,287 @@
+"""Pretraining on captions: what it learns from, that it resumes exactly, and that its folder is a backbone."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from model.errors import ConfigError, DivergedError
+from model.llava_reward.backbones.phi3v import read_backbone
+from model.llava_reward.checkpoint import load_network
+from model.llava_reward.pretrain import DEFAULT_CONFIG, Pretraining, learning_rate
+from model.llava_reward.pretrain_config import PretrainConfig, read_pretrain_config
+from model.llava_reward.pretrain_data import (
+    FIELDS,
+    LABELS,
+    NO_FIELD,
+    SceneSamples,
+    cell_labels,
+    draw_scene,
+)
+from model.llava_reward.pretrain_measure import measure
+from model.llava_reward.pretrain_network import PretrainNetwork, is_cell
+from model.llava_reward.processor import IMAGE_TOKEN, hd_layout, num_image_tokens
+from model.llava_reward.prompt_tokens import PromptTokenizer
+from model.llava_reward.scene_tokenizer import build_scene_tokenizer
+from model.llava_reward.small_phi3v import write_configs
+from model.llava_reward.tiny import write_adapter
+from model.perspectives import Perspective
+from model.scene_captions import caption_of, parse_caption
+from model.scene_flaws import Artefact
+from model.scene_grammar import HELD_OUT_PAIRS, Kind, holds_held_out_pair
+from model.scene_splits import Split
+from model.scenes import SceneTruth, draw
+
+_SMALL: Mapping[str, Any] = yaml.safe_load("""
+seed: 3
+network: {crop: 28, patch: 7, num_crops: 4, tower_width: 16, tower_mlp: 24, tower_layers: 2, tower_heads: 2,
+          hidden: 24, mlp: 32, layers: 2, heads: 2}
+scenes: {sizes: [[64, 64], [96, 64], [64, 96]], prompt_share: 0.6, mismatch_share: 0.5, artefact_share: 0.5,
+         sign_share: 0.4, only_one_until: 8, only_two_until: 16}
+learning: {batch: 4, micro_batch: 2, steps: 6, warmup: 2, rate: 2.0e-3, last_rate: 0.1, beta1: 0.9, beta2: 0.98,
+           weight_decay: 0.1, clip: 1.0, is_mixed: false, prompt_weight: 0.5, cell_weight: 0.1}
+reporting: {log_steps: 1, save_seconds: 1000, validate_steps: 1000, scenes: 6}
+""")
+
+
+def _config(folder: Path, **learning: Any) -> PretrainConfig:
+    values = {**_SMALL, "learning": {**_SMALL["learning"], **learning}}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    return read_pretrain_config(folder / "config.yaml")
+
+
+def _samples(folder: Path, split: Split = Split.TRAINING, length: int = 40) -> SceneSamples:
+    config = _config(folder)
+    write_configs(folder, config.network, build_scene_tokenizer(), is_tied=True)
+    return SceneSamples(split, config.scenes, config.network, folder / "tokenizer.json", 0.5, length)
+
+
+def _logged(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_shipped_configuration_reads() -> None:
+    config = read_pretrain_config(DEFAULT_CONFIG)
+    assert config.network.crop % (2 * config.network.patch) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"learning": {**_SMALL["learning"], "lr": 1.0}}, "learning holds"),
+        ({"learning": {**_SMALL["learning"], "rate": "1e-3"}}, "learning.rate='1e-3' is no number"),
+        ({"learning": {**_SMALL["learning"], "micro_batch": 3}}, "no multiple"),
+        ({"network": {**_SMALL["network"], "layers": -1}}, "network.layers=-1"),
+        ({"scenes": {**_SMALL["scenes"], "sizes": [[64, 32]]}}, r"\[64, 32\]"),
+        ({"extra": 1}, "extra"),
+    ],
+)
+def test_wrong_configurations_are_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**_SMALL, **change}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=words):
+        read_pretrain_config(tmp_path / "config.yaml")
+
+
+def test_no_training_or_validation_scene_holds_a_held_out_pair(tmp_path: Path) -> None:
+    scenes = _config(tmp_path).scenes
+    for split in (Split.TRAINING, Split.VALIDATION):
+        for number in range(150):
+            scene, _ = draw_scene(split, number, scenes)
+            pairs = {(g.kind, g.colour) for spec in (scene.asked, scene.shown) for g in spec.groups}
+            assert not pairs & HELD_OUT_PAIRS
+    for number in range(50):
+        scene, _ = draw_scene(Split.HELD_OUT, number, scenes)
+        assert holds_held_out_pair(scene.asked) or holds_held_out_pair(scene.shown)
+
+
+def test_the_curriculum_grows(tmp_path: Path) -> None:
+    scenes = _config(tmp_path).scenes
+    sizes = [len(draw_scene(Split.TRAINING, number, scenes)[0].shown.groups) for number in range(60)]
+    assert max(sizes[:8]) == 1
+    assert max(sizes[8:16]) == 2
+    assert max(sizes[16:]) == 3
+    # what is measured does not change with the training's progress
+    assert {len(draw_scene(Split.VALIDATION, n, scenes)[0].shown.groups) for n in range(30)} == {1, 2, 3}
+
+
+def test_a_sample_is_what_the_reward_sees_and_then_a_true_caption(tmp_path: Path) -> None:
+    samples, config = _samples(tmp_path), _config(tmp_path)
+    tokenizer = PromptTokenizer(tmp_path / "tokenizer.json")
+    clip = read_backbone(tmp_path).clip
+    for number in range(20):
+        sample, (scene, has_prompt) = samples[number], draw_scene(Split.TRAINING, number, config.scenes)
+        ids = sample.input_ids.tolist()
+        image_tokens = num_image_tokens(sample.pixels.shape[1], sample.pixels.shape[0], clip)
+        prompt = tokenizer.after_image(scene.prompt if has_prompt else "")
+        seen = [*tokenizer.before_image, *[IMAGE_TOKEN] * image_tokens, *prompt]
+        assert ids[: len(seen)] == seen
+        caption = caption_of(scene, has_prompt=has_prompt)
+        assert ids[len(seen) :] == [*tokenizer.inner_ids(caption.text()), tokenizer.end_id]
+        assert parse_caption(caption.text()) == caption
+        # asked of every caption token, of a prompt only if it is true, never of what stands before the image
+        assert (sample.weights[len(seen) :] == 1).all()
+        is_true = has_prompt and scene.truth.mismatch is None
+        assert (sample.weights[len(seen) - len(prompt) : len(seen)] == (0.5 if is_true else 0)).all()
+        assert not sample.weights[: len(seen) - len(prompt)].any()
+        assert (sample.fields[: len(seen)] == NO_FIELD).all()
+        assert {FIELDS[field] for field in sample.fields if field != NO_FIELD} >= {"artefact", "colour", "style"}
+
+
+def test_cells_say_where_things_are() -> None:
+    scene = draw(4, size=(128, 64), truth=SceneTruth(artefact=Artefact.BROKEN_OBJECT))
+    # 128x64 in crops of 32 pixels, four at most: s=2 gives 64x32 in one row of two crops, with cells of 16 pixels
+    layout = hd_layout(128, 64, num_crops=4, crop_size=32)
+    assert layout.padded == (64, 32)
+    labels = cell_labels(scene, layout, 16, 32)
+    assert labels.shape == (4 * 2 + 2 * 2, len(LABELS))
+    assert len(set(map(str, LABELS))) == len(LABELS)
+    fine, middles = labels[:8].reshape(2, 4, -1), np.zeros((2, 4))
+    for thing in scene.things:  # the picture is halved: a cell holds 32 pixels of the scene
+        row, column = int((thing.top + thing.side / 2) / 32), int((thing.left + thing.side / 2) / 32)
+        assert fine[row, column, LABELS.index(f"middle of {thing.group.kind}")]
+        middles[row, column] = 1
+    columns = [LABELS.index(f"middle of {kind}") for kind in Kind]
+    assert (fine[:, :, columns].max(-1) == middles).all()
+    assert labels[:, LABELS.index(scene.shown.background)].all()
+    assert labels[:, LABELS.index(Artefact.BROKEN_OBJECT)].any()
+    assert not labels[:, LABELS.index(Artefact.NOISE)].any()
+
+
+def test_cells_and_separators() -> None:
+    # 2x4 cells in two rows, each with a row end; a separator; 2x2 cells, each row with a row end
+    expected = [1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0, 1, 1, 0, 1, 1, 0]
+    assert is_cell(8, 4, 2).int().tolist() == expected
+
+
+def test_learning_rate(tmp_path: Path) -> None:
+    learning = _config(tmp_path).learning  # 2e-3, two steps of warm-up, six in all, down to a tenth
+    assert learning_rate(learning, 0) == pytest.approx(1e-3)
+    assert learning_rate(learning, 1) == pytest.approx(2e-3)
+    assert learning_rate(learning, 2) == pytest.approx(2e-3)
+    assert learning_rate(learning, 4) == pytest.approx(1.1e-3)  # half of the cosine: 0.1 + 0.9 / 2
+    assert learning_rate(learning, 6) == pytest.approx(2e-4)
+
+
+def test_one_step_moves_every_parameter(tmp_path: Path) -> None:
+    run = Pretraining(tmp_path, _config(tmp_path), workers=0)
+    before = {name: parameter.detach().clone() for name, parameter in run.network.named_parameters()}
+    run.train_step(next(run._batches()))
+    still = [name for name, parameter in run.network.named_parameters() if torch.equal(parameter, before[name])]
+    # one key shared by all keys changes no softmax, so the bias of keys has no gradient
+    assert [name for name in still if not name.endswith("k_proj.bias")] == []
+
+
+def test_micro_batches_change_nothing(tmp_path: Path) -> None:
+    losses = []
+    for micro_batch in (1, 4):
+        out = tmp_path / str(micro_batch)
+        run = Pretraining(out, _config(out, micro_batch=micro_batch), workers=0)
+        losses.append([run.train_step(batch) for batch in list(run._batches())[:3]])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_a_resumed_run_is_the_undisturbed_one(tmp_path: Path) -> None:
+    whole = Pretraining(tmp_path / "whole", _config(tmp_path / "whole"), workers=0)
+    expected = [whole.train_step(batch) for batch in whole._batches()]
+
+    first = Pretraining(tmp_path / "cut", _config(tmp_path / "cut"), workers=0)
+    batches = first._batches()
+    found = [first.train_step(next(batches)) for _ in range(2)]
+    first.save()
+    first.train_step(next(batches))  # lost by the kill
+    second = Pretraining(tmp_path / "cut", _config(tmp_path / "cut"), workers=0)
+    assert second.step == 2
+    found += [second.train_step(batch) for batch in second._batches()]
+    assert found == expected
+
+
+def test_another_network_does_not_resume(tmp_path: Path) -> None:
+    Pretraining(tmp_path, _config(tmp_path), workers=0).save()
+    with pytest.raises(ConfigError, match="batch"):
+        Pretraining(tmp_path, _config(tmp_path, batch=2), workers=0)
+    # a longer schedule does
+    assert Pretraining(tmp_path, _config(tmp_path, steps=9), workers=0).step == 0
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    run = Pretraining(tmp_path, _config(tmp_path), workers=0)
+    with torch.no_grad():
+        run.network.model.norm.weight[0] = math.nan
+    with pytest.raises(DivergedError, match="step 0: loss nan"):
+        run.run()
+    assert not (tmp_path / "state.pt").exists()
+
+
+@pytest.mark.timeout(120)
+def test_terminated_it_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    _config(tmp_path, steps=5000)
+    command = [sys.executable, "-m", "model.llava_reward.pretrain", str(tmp_path), "--config"]
+    command.append(str(tmp_path / "config.yaml"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=Path(__file__).parent.parent, env=environment) as process:
+        while not (tmp_path / "log.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    step = torch.load(tmp_path / "state.pt", weights_only=True)["step"]
+    assert 1 <= step < 5000
+    run = Pretraining(tmp_path, _config(tmp_path, steps=step + 2), workers=0)
+    run.run()
+    assert [entry["step"] for entry in _logged(tmp_path) if "split" not in entry] == list(range(1, step + 3))
+    assert {entry.get("split") for entry in _logged(tmp_path)} == {None, "validation", "held_out"}
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_it_learns(tmp_path: Path, is_mixed: bool) -> None:
+    run = Pretraining(tmp_path, _config(tmp_path, steps=40, is_mixed=is_mixed, rate=1.0e-2), workers=0)
+    losses = [run.train_step(batch) for batch in run._batches()]
+    assert losses[-1][0] < 0.6 * losses[0][0]
+    assert losses[-1][1] < 0.6 * losses[0][1]
+
+
+def test_measuring_counts_what_is_right(tmp_path: Path) -> None:
+    samples = _samples(tmp_path, Split.VALIDATION, 6)
+    batch = [samples[number] for number in range(6)]
+    network = PretrainNetwork(tmp_path, seed=0)
+    # With its embeddings zero the network finds all tokens equally likely, and the first of them is never right.
+    with torch.no_grad():
+        network.model.embed_tokens.weight.zero_()
+    found = measure(network, [batch[:4], batch[4:]])
+    assert found["loss"] == pytest.approx(math.log(832), rel=1e-5)
+    assert {found[name] for name in ("exact", "colour", "kind", "match")} == {0.0}
+    # Asked for that very token it is always right.
+    zeros = [replace(s, input_ids=np.where(s.fields == NO_FIELD, s.input_ids, 0)) for s in batch]
+    found = measure(network, [zeros])
+    assert (found["colour"], found["exact"]) == (1.0, 0.0)  # not the commas
+
+
+def test_the_written_folder_is_a_backbone(tmp_path: Path) -> None:
+    run = Pretraining(tmp_path, _config(tmp_path), workers=0)
+    sample = next(run._batches())[0]
+    run.save()
+    built = read_backbone(tmp_path / "backbone")
+    write_adapter(tmp_path / "alignment", built, torch.Generator().manual_seed(0))
+    adapters = {Perspective.ALIGNMENT: tmp_path / "alignment"}
+    network = load_network(tmp_path / "backbone", adapters, device=torch.device("cpu"), dtype=torch.float32)
+    kept = network.vision.state_dict()
+    for name, trained in run.network.vision.state_dict().items():
+        assert torch.equal(kept[name], trained.bfloat16().float())
+    arrays = {"pixels": sample.pixels, "input_ids": sample.input_ids}
+    rewards = network([built.sample(arrays, torch.device("cpu"))], [Perspective.ALIGNMENT])
+    assert rewards[Perspective.ALIGNMENT].isfinite().all()
