@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from jobs import check_data
 from jobs.calibrate import add_calibrate_arguments, run_calibrate
-from jobs.cli_nights import add_prompts, prompts_of
+from jobs.cli_nights import add_prompts, folder_prompts
 from jobs.evaluate import add_evaluate_arguments, run_evaluate
 from jobs.evaluation_report import printable_lines
 from jobs.query import as_text
@@ -94,7 +94,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 def _precision(arguments: argparse.Namespace) -> int:
     from jobs.precision import Job, measure  # torch, which the other commands here need not
 
-    prompts = prompts_of(arguments)
+    prompts = folder_prompts(arguments)
     names = ("checkpoint", "mode", "policy", "images", "scenes", "device", "dtype")
     measure(Job(**{name: getattr(arguments, name) for name in names}, prompts=prompts), say)
     return EXIT_OK

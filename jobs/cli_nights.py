@@ -70,7 +70,7 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-field", default="prompt", metavar="NAME", help="field of the prompt (prompt)")
 
 
-def prompts_of(arguments: argparse.Namespace) -> Prompts | None:
+def folder_prompts(arguments: argparse.Namespace) -> Prompts | None:
     """What they name; None without ``--prompts``."""
     fields = tuple(arguments.image_field or ["image"])
     return Prompts(arguments.prompts, fields, arguments.prompt_field) if arguments.prompts else None
@@ -165,7 +165,7 @@ def _log_folder(arguments: argparse.Namespace) -> int:
         arguments.output,
         arguments.date,
         images_uri=arguments.images,
-        prompts=prompts_of(arguments),
+        prompts=folder_prompts(arguments),
         generator=arguments.generator,
     )
     say(f"{log.row_count} rows in {log.log_uri}, {log.without_prompt} of them without a prompt")

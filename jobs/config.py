@@ -138,7 +138,7 @@ def parse_arguments(argv: list[str]) -> JobConfig:
     """Flags over ``--config`` over defaults. Raises ``ConfigError`` in one line; ``--help`` exits as usual."""
     arguments = vars(_parser().parse_args(argv))
     path = arguments.pop("config")
-    values = _read_yaml(path) if path else {}
+    values = read_yaml(path) if path else {}
     flags = {name: value for name, value in arguments.items() if value is not None}
     if "map" in flags:
         in_file = values.get("map") or {}
@@ -206,7 +206,8 @@ def parse_map(pairs: Sequence[str]) -> dict[str, str]:
     return mapping
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a file that ``--config`` names. Raises ``ConfigError``."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

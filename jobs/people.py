@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,9 +16,10 @@ from typing import Any
 from jobs import t2i_ratings
 from model import storage
 from model.errors import ConfigError
+from model.evaluation.correlation import finite_number
 from model.preference_records import FIELDS, keys_for
 from model.preferences import LabelledImage, PreferenceData, PreferencePair, preferences_of
-from model.record_files import Fault, read_raw, whole
+from model.record_files import Fault, all_records, read_raw
 
 # field of a rating -> names that published data uses for it, in order of preference
 _RATING_KEYS = {
@@ -112,7 +112,7 @@ def read_people(
         raise ConfigError(f"--map {min(unknown)}: expected one of {', '.join(MAPPED_FIELDS)}")
     entries = list(read_raw(uri))
     if _are_ratings(uri, entries, fields, raters):
-        return _ratings(uri, whole(uri, entries), fields, raters)
+        return _ratings(uri, all_records(uri, entries), fields, raters)
     return _people(preferences_of(entries, uri, fields=fields, labels=labels))
 
 
@@ -190,18 +190,11 @@ def _rated(record: Record, keys: Mapping[str, str]) -> Item:
 
 def _numbers(record: Record, keys: Mapping[str, str], raters: Sequence[str]) -> dict[str, float | None]:
     if raters:
-        return {name: _number(record.get(name)) for name in raters}
+        return {name: finite_number(record.get(name)) for name in raters}
     if keys["rating"]:
-        return {"rating": _number(record.get(keys["rating"]))}
-    rank = _number(record.get(keys["rank"]))
+        return {"rating": finite_number(record.get(keys["rating"]))}
+    rank = finite_number(record.get(keys["rank"]))
     return {"rating": None if rank is None else -rank}  # rank 1 is the best
-
-
-def _number(value: object) -> float | None:
-    """None for anything that is no finite number, such as null or ``N/A``: the record is then counted as not rated."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
 
 
 def _text(value: object) -> str:

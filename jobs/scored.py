@@ -22,7 +22,7 @@ from model.errors import ConfigError, ErrorCode, InputError
 from model.evaluation.measures import Column
 from model.meaning import Head, Reward, RewardVector
 from model.perspectives import PERSPECTIVES, Perspective
-from model.record_files import read_raw, whole
+from model.record_files import all_records, read_raw
 from model.schema import Generation
 from model.scorer import Scorer
 
@@ -150,7 +150,7 @@ def from_file(
     Columns ``reward_<perspective>``, or ``reward`` or ``score``; ``checkpoint_<perspective>`` and ``error_code`` are
     read where they are. Raises ``ConfigError``: no such columns, or two rewards for one key.
     """
-    records = whole(uri, read_raw(uri))
+    records = all_records(uri, read_raw(uri))
     if t2i_ratings.is_results(records):
         records = t2i_ratings.flat_results(records)
     return _joined(name, uri, records, items, perspectives, image_root)

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from jobs.config import read_yaml
 from jobs.data_options import add_reading_options
 from model import storage
 from model.errors import ConfigError
@@ -33,7 +33,7 @@ FLAGS = {
 }
 
 
-class LoraConfig(BaseModel):
+class LoraSettings(BaseModel):
     """The published adapter."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -67,7 +67,7 @@ class TrainConfig(BaseModel):
     value_head_dim: int | None = Field(default=None, gt=0)
     use_margin: bool = False
     skip_ca: bool | None = None  # phi3v: yes, as published; qwen and llava: no
-    lora: LoraConfig = LoraConfig()
+    lora: LoraSettings = LoraSettings()
 
     epochs: float = Field(default=3, gt=0)
     batch_size: int = Field(default=16, gt=0)  # records of a step, over all workers
@@ -133,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def build(path: str | None, flags: dict[str, Any]) -> TrainConfig:
     """Flags over ``--config`` over defaults. Raises ``ConfigError`` in one line with the first fault and its place."""
-    values = _read_yaml(path) if path else {}
+    values = read_yaml(path) if path else {}
     given = {key: value for key, value in flags.items() if value is not None}
     for name in ("map", "labels"):  # single entries win, the others stay
         if name in given and isinstance(in_file := values.get(name) or {}, dict):
@@ -148,15 +148,3 @@ def build(path: str | None, flags: dict[str, Any]) -> TrainConfig:
                 f"{place} is required; give --{place.replace('_', '-')}, or {place}: in --config"
             ) from error
         raise ConfigError(f"{place}: {fault['msg']} (got {fault['input']!r})") from error
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {path} must be a mapping of settings")
-    return values

@@ -13,10 +13,10 @@ from model.errors import ConfigError
 from model.llava_reward.processor import LlavaRewardPreprocessor
 from model.llava_reward.training.base import Base
 from model.llava_reward.training.card import DataFacts
-from model.llava_reward.training.inputs import Record, find_unusable
+from model.llava_reward.training.inputs import find_unusable
 from model.llava_reward.training.loop import margin_of
 from model.llava_reward.training.objective import Objective
-from model.preferences import LabelledImage, PreferenceData, PreferencePair, read_preferences
+from model.preferences import LabelledImage, PreferenceData, PreferencePair, Record, read_preferences
 
 RUN_FILE = "run.json"
 MAX_NAMED = 10  # unusable images that an error names; more are counted

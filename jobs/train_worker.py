@@ -24,13 +24,14 @@ from model.llava_reward.checkpoint import load_untrained
 from model.llava_reward.model_config import check_head
 from model.llava_reward.processor import LlavaRewardPreprocessor
 from model.llava_reward.training.base import Base, read_base
-from model.llava_reward.training.inputs import Feeder, Record, Tower
+from model.llava_reward.training.inputs import Feeder, Tower
 from model.llava_reward.training.loop import Loop, LoopSettings, State
 from model.llava_reward.training.lora import LoraSpec
 from model.llava_reward.training.objective import Objective, make_objective
 from model.llava_reward.training.parallel import Workers
 from model.llava_reward.training.trainable import make_trainable
 from model.llava_reward.training.writer import group_changes
+from model.preferences import Record
 
 STATE_FILE = "state.pt"
 

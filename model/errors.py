@@ -89,4 +89,4 @@ class InfrastructureError(AssayError):
 
 
 class DivergedError(AssayError):
-    """A loss or gradient of training is no finite number, and would not be again; what was saved stays. jobs: exit 1."""
+    """A loss or gradient of training is no finite number; another try would end alike. jobs: exit 1."""

@@ -13,8 +13,8 @@ from typing import Literal
 
 from model.image_hash import near_pairs
 from model.preference_graph import Node, contradictions, cycles
-from model.preference_set import DataSet, ImageFacts, ImageFault, prompts_of, record_id, shown
-from model.preferences import LabelledImage, Record
+from model.preference_set import DataSet, ImageFacts, ImageFault, prompts_of, shown
+from model.preferences import LabelledImage, Record, record_id
 
 # Characters. Some 250 tokens, where the text encoders of image generators read 77 to 512.
 LONG_PROMPT_CHARS = 1000

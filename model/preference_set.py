@@ -75,11 +75,6 @@ def prompts_of(record: Record) -> tuple[str, ...]:
     return (record.prompt, record.rejected_prompt) if isinstance(record, PreferencePair) else (record.prompt,)
 
 
-def record_id(record: Record) -> str:
-    """The id under which a record is named in a finding."""
-    return record.pair_id if isinstance(record, PreferencePair) else record.image_id
-
-
 def shown(prompt: str) -> str:
     """A prompt in quotes, cut, with nothing in it that a terminal would act on."""
     return repr(prompt if len(prompt) <= _SHOWN_CHARS else f"{prompt[:_SHOWN_CHARS]}…")

@@ -17,7 +17,16 @@ from model.errors import ConfigError
 from model.preference_records import LabelledImage, MalformedRecordError, PreferencePair, RecordReader, keys_for
 from model.record_files import Fault, read_raw
 
-__all__ = ["LabelledImage", "PreferenceData", "PreferencePair", "image_uris", "preferences_of", "read_preferences"]
+__all__ = [
+    "LabelledImage",
+    "PreferenceData",
+    "PreferencePair",
+    "Record",
+    "image_uris",
+    "preferences_of",
+    "read_preferences",
+    "record_id",
+]
 
 MAX_RECORDS = 2_000_000  # about 1 GiB of pairs in memory; the largest published set has 1.2 million
 MAX_LISTED = 20  # malformed records that one message lists; the others are counted
@@ -85,6 +94,11 @@ def preferences_of(
 def image_uris(record: Record) -> tuple[str, ...]:
     """The images of a record: chosen and rejected, or the one."""
     return (record.chosen, record.rejected) if isinstance(record, PreferencePair) else (record.image,)
+
+
+def record_id(record: Record) -> str:
+    """The id under which a record is named in messages and findings."""
+    return record.pair_id if isinstance(record, PreferencePair) else record.image_id
 
 
 class _Reading:

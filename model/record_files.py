@@ -53,7 +53,7 @@ def read_raw(uri: str) -> Iterator[tuple[int, dict[str, Any] | Fault]]:
     return _jsonl(data) if kind == "jsonl" else _json(data, uri)
 
 
-def whole(uri: str, raw: Iterable[tuple[int, dict[str, Any] | Fault]]) -> list[dict[str, Any]]:
+def all_records(uri: str, raw: Iterable[tuple[int, dict[str, Any] | Fault]]) -> list[dict[str, Any]]:
     """All records that ``read_raw`` gave for a file. Raises ``ConfigError`` for an entry that is none, or no entry."""
     records = []
     for number, record in raw:

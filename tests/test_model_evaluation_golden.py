@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jobs import t2i_ratings
-from model.evaluation.correlation import fill_missing, lower_triangle
+from model.evaluation.correlation import correlation, fill_missing
 from model.evaluation.pairs import pair_accuracies, pairs_of
 from tests.golden_cases import golden_root, read_json, require_cases
 
@@ -54,7 +54,13 @@ def _compare(name, keys, reference, results, expected):
     columns = {t2i_ratings.RATERS[0]: [reference[key][t2i_ratings.RATERS[0]] for key in keys]}
     columns["result_score"] = [results[key] for key in keys]
     columns |= {rater: [reference[key][rater] for key in keys] for rater in t2i_ratings.RATERS[1:]}
-    found = lower_triangle(name, {rater: np.asarray(fill_missing(column, "mean")) for rater, column in columns.items()})
+    filled = {rater: np.asarray(fill_missing(column, "mean")) for rater, column in columns.items()}
+    # Each column with those before it.
+    found = {
+        later: {earlier: correlation(name, filled[later], filled[earlier]) for earlier in list(filled)[:index]}
+        for index, later in enumerate(filled)
+        if index
+    }
     assert {later: set(row) for later, row in found.items()} == {
         later: set(row) for later, row in expected["coefficient"].items()
     }

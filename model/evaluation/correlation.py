@@ -6,7 +6,7 @@ A coefficient that is not defined (too few values, or one that never varies) is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,7 +63,7 @@ def fill_missing(values: Sequence[object], how: str) -> list[float]:
     Source: T2I-Eval, whose published correlations replace a missing score by the mean of its own column. Raises
     ``ConfigError`` where there is no number to take the mean of.
     """
-    found = [_number(value) for value in values]
+    found = [finite_number(value) for value in values]
     numbers = [value for value in found if value is not None]
     if how == "zero":
         filling = 0.0
@@ -74,17 +74,8 @@ def fill_missing(values: Sequence[object], how: str) -> list[float]:
     return [filling if value is None else value for value in found]
 
 
-def _number(value: object) -> float | None:
+def finite_number(value: object) -> float | None:
+    """None for anything that is no finite number, such as null or ``N/A``."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
-
-
-def lower_triangle(name: str, columns: Mapping[str, Floats]) -> dict[str, dict[str, Correlation]]:
-    """``[column][earlier column]``: each pair of columns once, in their order."""
-    names = list(columns)
-    return {
-        later: {earlier: correlation(name, columns[later], columns[earlier]) for earlier in names[:index]}
-        for index, later in enumerate(names)
-        if index
-    }

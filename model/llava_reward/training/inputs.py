@@ -19,10 +19,9 @@ from model import storage
 from model.errors import ConfigError, ErrorCode, InputError, Stage
 from model.llava_reward.backbones.interface import Backbone
 from model.llava_reward.processor import LlavaRewardPreprocessor
-from model.preferences import LabelledImage, PreferencePair
+from model.preferences import LabelledImage, PreferencePair, Record
 from model.schema import Generation
 
-Record = PreferencePair | LabelledImage
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -37,10 +36,6 @@ class Side:
     @property
     def key(self) -> tuple[str, str]:
         return self.prompt, self.image
-
-
-def record_id(record: Record) -> str:
-    return record.pair_id if isinstance(record, PreferencePair) else record.image_id
 
 
 def sides_of(records: Sequence[Record]) -> list[Side]:

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from model.errors import ConfigError, DivergedError
 from model.llava_reward.losses import PairLoss
 from model.llava_reward.training.batches import Stream, check_division, cut, shard
-from model.llava_reward.training.inputs import Feeder, Record, record_id
+from model.llava_reward.training.inputs import Feeder
 from model.llava_reward.training.metrics import Scores, Sums, scores
 from model.llava_reward.training.objective import Objective, Outcome, paired_outcome, unpaired_outcome
 from model.llava_reward.training.parallel import Workers, put, whole
 from model.llava_reward.training.schedule import learning_rate_factor
 from model.llava_reward.training.trainable import TrainableReward
-from model.preferences import LabelledImage, PreferencePair
+from model.preferences import LabelledImage, PreferencePair, Record, record_id
 
 State = dict[str, Any]
 MAX_NAMED = 8  # records that an error names; more are counted
