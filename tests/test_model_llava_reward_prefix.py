@@ -99,6 +99,44 @@ def test_captions_of_one_picture_have_their_rewards_alone(
     assert alone.std(0).min() > 0.01  # rewards that all captions share would pass the above
 
 
+def through(network: RewardNetwork, perspective: Perspective, shared: Any) -> Tensor:
+    """Rewards of a batch after the tower, with gradients."""
+    branch = network.branch(perspective)
+    tokens = network.backbone.project(branch.model, shared)
+    rewarded: Tensor = branch(network.backbone.end_state(branch.model, shared, tokens))
+    return rewarded
+
+
+def test_batches_joined_after_the_tower_have_their_rewards(network: RewardNetwork, mixture: list[Any]) -> None:
+    with torch.inference_mode():
+        parts = [network.backbone.share(network.vision, part) for part in (mixture[:3], mixture[3:4], mixture[4:])]
+        joined = network.backbone.join(parts)
+        for perspective in P:
+            alone = torch.cat([network([item], P)[perspective] for item in mixture])
+            assert (through(network, perspective, joined) - alone).abs().max() <= BATCH_TOLERANCE
+
+
+def test_gradients_of_captions_that_share_a_picture_are_those_of_each_alone(
+    network: RewardNetwork, mixture: list[Any]
+) -> None:
+    """The projector's: they pass through every layer, and through what the captions compute together."""
+    batch = [item for item in mixture if len(item.input_ids) < 500]
+    path = network.backbone.names.projector.removesuffix(".")
+    parameters = list(network.branch(P[1]).get_submodule(path).requires_grad_(True).parameters())
+
+    def gradients(items: list[Any]) -> list[Tensor]:
+        rewarded = through(network, P[1], network.backbone.share(network.vision, items))
+        return [*torch.autograd.grad(rewarded.sum(), parameters)]
+
+    together = gradients(batch)
+    alone = [sum(parts) for parts in zip(*(gradients([item]) for item in batch), strict=True)]
+    network.requires_grad_(False)
+    for one, other in zip(together, alone, strict=True):
+        assert isinstance(other, Tensor)
+        assert other.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()))
+
+
 def test_tokens_before_the_captions_run_once(network: RewardNetwork, family: str, mixture: list[Any]) -> None:
     """Every MLP but the last sees each token once; the last sees end tokens alone."""
     ids = [item.input_ids for item in mixture]
