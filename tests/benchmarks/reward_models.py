@@ -185,7 +185,7 @@ def _towered(built: Built, sample: Phi3VSample, steps: Collection[str]) -> Phi3V
     pictures = Pictures.of([merged])
     (run,) = runs_of([sample.input_ids], pictures)
     rope = rope_tables(run.lengths, run.positions, built.scale.config.rope)
-    return Phi3VShared([merged], pictures, [(run, rope)])
+    return Phi3VShared([merged], pictures, [sample.input_ids], [(run, rope)])
 
 
 def _reward(
