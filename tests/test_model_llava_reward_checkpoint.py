@@ -264,7 +264,7 @@ def test_tower_without_sizes_is_vit_l_14_336(tmp_path: Path) -> None:
 def test_rope_by_hand() -> None:
     # head_dim 4, theta 100: plain frequencies 1 and 100^(-2/4) = 0.1.
     config = RopeConfig(100.0, 4, 3, (1.0, 2.0), (4.0, 5.0), 1.5)
-    cosines, sines = rope_tables(torch.tensor([3, 4]), 4, config)
+    cosines, sines = rope_tables(torch.tensor([3, 4]), torch.arange(4)[None], config)
     assert cosines.shape == (2, 1, 4, 4)
     # Sample 0 has length 3, not above 3: short factors. Position 2: angles 2*1/1 = 2 and 2*0.1/2 = 0.1.
     expected = [1.5 * math.cos(2), 1.5 * math.cos(0.1)] * 2
