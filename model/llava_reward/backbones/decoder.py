@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from model.errors import ConfigError
 from model.llava_reward.backbones import layers
@@ -49,18 +48,6 @@ def rebuild_rope(module: Any) -> None:
         setattr(module, name, type(getattr(module, name))(module.config))
 
 
-def embed(embedding: nn.Module, input_ids: Tensor, image_tokens: Tensor) -> Tensor:
-    """Look ids up, and put the projected image tokens, in order, where an id is negative.
-
-    - input_ids: ``(b, l)`` int64; image_tokens: ``(number of negative ids, h)``
-    - returns: ``(b, l, h)``
-    """
-    embedded: Tensor = embedding(input_ids.clamp(min=0))
-    # Out of place, so that gradients reach both sides when this model is trained.
-    slots = (input_ids < 0).unsqueeze(-1).expand_as(embedded)
-    return embedded.masked_scatter(slots, image_tokens.to(embedded.dtype))
-
-
 class Heads:
     """Attention of a LLaMA-style layer in the steps of ``layers.Attention``."""
 
@@ -82,11 +69,7 @@ class Heads:
         return apply_rope(self._project("q_proj", hidden), *rope)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        groups = self._attention.num_key_value_groups
-        if groups != 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        out: Tensor = self._attention.o_proj(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self._attention.o_proj(layers.attend(q, k, v, mask))
         return out
 
 
