@@ -6,13 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
 import pyarrow as pa
 
 from jobs import manifest as manifests
+from jobs.cli_checkpoints import add_checkpoint_commands
 from jobs.folder_log import Prompts, log_from_folder
 from jobs.garbage import collect
 from jobs.lock import NightLock
@@ -22,11 +22,9 @@ from jobs.rejudge import rejudge
 from jobs.run import new_run_id
 from jobs.score_logs import EXIT_CONFIG, EXIT_INFRASTRUCTURE, EXIT_OK, fail, say
 from jobs.verify import VerificationError, verify_night
-from model.checkpoint_list import list_checkpoints, notes
 from model.errors import ConfigError, InfrastructureError, TransientError
 from model.modes import EXACT, MODES
 from model.policy_file import load_policy
-from model.scorer import resolve, system_of
 
 EXIT_NOT_VERIFIED = 1
 
@@ -74,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     collected.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     _output(collected, has_date=False)
     _add_folder_commands(add)
-    _add_replay_and_checkpoints(add)
+    _add_replay(add)
+    add_checkpoint_commands(add)
     return parser
 
 
@@ -109,10 +108,7 @@ def _prompts_of(arguments: argparse.Namespace) -> Prompts | None:
     return Prompts(arguments.prompts, fields, arguments.prompt_field) if arguments.prompts else None
 
 
-def _add_replay_and_checkpoints(add: Callable[..., argparse.ArgumentParser]) -> None:
-    converted = add("convert", _convert, "write a checkpoint with one safetensors file per perspective")
-    converted.add_argument("checkpoint", help="folder, shipped name, s3:// URI or pinned hub name")
-    converted.add_argument("out", type=Path, help="folder to make")
+def _add_replay(add: Callable[..., argparse.ArgumentParser]) -> None:
     parity = add("parity", _parity, "replay rows of a published night through the endpoint and compare the rewards")
     parity.add_argument("--url", required=True, metavar="URL", help="of the endpoint, such as http://127.0.0.1:8000")
     parity.add_argument("--rows", type=_positive, default=100, metavar="N", help="how many to draw (100)")
@@ -120,8 +116,6 @@ def _add_replay_and_checkpoints(add: Callable[..., argparse.ArgumentParser]) -> 
     parity.add_argument("--image-root", metavar="URI", help="where relative image paths start")
     parity.add_argument("--allow-bucket", action="append", metavar="BUCKET", help="bucket of images; repeatable")
     _output(parity)
-    listed = add("checkpoints", _checkpoints, "list the shipped and the published checkpoints")
-    listed.add_argument("--format", choices=["table", "json"], default="table")
 
 
 def _output(parser: argparse.ArgumentParser, *, has_date: bool = True, needs_date: bool = True) -> None:
@@ -249,44 +243,6 @@ def _precision(arguments: argparse.Namespace) -> int:
     prompts = _prompts_of(arguments)
     names = ("checkpoint", "mode", "policy", "images", "scenes", "device", "dtype")
     measure(Job(**{name: getattr(arguments, name) for name in names}, prompts=prompts), say)
-    return EXIT_OK
-
-
-def _convert(arguments: argparse.Namespace) -> int:
-    folder = resolve(arguments.checkpoint)
-    if (system := system_of(folder)) != "llava_reward":
-        raise ConfigError(f"checkpoints of {system} have no adapters to convert")
-    from model.llava_reward.convert import convert  # torch, which no other command here needs
-
-    done = convert(folder, arguments.out)
-    for perspective, checkpoint in done.after.checkpoints.items():
-        print(f"{perspective}: {done.before.checkpoints[perspective]} is now {checkpoint}")
-    say(
-        f"wrote {arguments.out}: the same rewards under new hashes; policies and stored nights name the old ones, so a "
-        "policy for it must name the new"
-    )
-    return EXIT_OK
-
-
-def _checkpoints(arguments: argparse.Namespace) -> int:
-    found = [asdict(one) for one in list_checkpoints()]
-    if arguments.format == "json":
-        print(json.dumps({"checkpoints": found, "notes": notes()}, ensure_ascii=False))
-        return EXIT_OK
-    rows = [
-        {
-            "name": one["name"],
-            "perspectives": ", ".join(one["perspectives"]),
-            "backbone": one["backbone"],
-            "licence": one["licence"] or "not known",
-            "backbone licence": one["backbone_licence"],
-            "location": one["location"],
-            "verified": "yes" if one["is_verified"] else "no",
-        }
-        for one in found
-    ]
-    print(as_text(pa.Table.from_pylist(rows)))
-    print("\n".join(["", *notes()]))
     return EXIT_OK
 
 
