@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from jobs import cli_models, cli_nights
+from jobs import cli_checkpoints, cli_models, cli_nights
 from jobs.parity import ParityError
 from jobs.query import printable
 from jobs.score_logs import EXIT_CONFIG, EXIT_INFRASTRUCTURE, fail
@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 
     cli_nights.add_commands(add)
     cli_models.add_commands(add)
+    cli_checkpoints.add_commands(add)
     return parser
 
 

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-
-import pyarrow as pa
 
 from jobs import check_data
 from jobs.calibrate import add_calibrate_arguments, run_calibrate
 from jobs.cli_nights import add_prompts, folder_prompts
 from jobs.evaluate import add_evaluate_arguments, run_evaluate
 from jobs.evaluation_report import printable_lines
-from jobs.query import as_text
 from jobs.score_logs import EXIT_OK, say
 from jobs.train_config import add_arguments as add_train_arguments
-from model.checkpoint_list import list_checkpoints, notes
-from model.errors import ConfigError
 from model.evaluation.tables import markdown
 from model.modes import EXACT, MODES
-from model.scorer import resolve, system_of
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """The subcommands and their options; ``add`` as in ``jobs/cli.py``."""
-    listed = add("checkpoints", _checkpoints, "list the shipped and the published checkpoints")
-    listed.add_argument("--format", choices=["table", "json"], default="table")
-    converted = add("convert", _convert, "write a checkpoint with one safetensors file per perspective")
-    converted.add_argument("checkpoint", help="folder, shipped name, s3:// URI or pinned hub name")
-    converted.add_argument("out", type=Path, help="folder to make")
     measured = add("precision", _precision, "measure how far a mode's rewards are from the exact ones")
     measured.add_argument("--checkpoint", required=True, metavar="NAME|PATH")
     measured.add_argument("--mode", required=True, help=", ".join(mode for mode in MODES if mode != EXACT))
@@ -51,44 +38,6 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
     return int(text)
-
-
-def _checkpoints(arguments: argparse.Namespace) -> int:
-    found = [asdict(one) for one in list_checkpoints()]
-    if arguments.format == "json":
-        print(json.dumps({"checkpoints": found, "notes": notes()}, ensure_ascii=False))
-        return EXIT_OK
-    rows = [
-        {
-            "name": one["name"],
-            "perspectives": ", ".join(one["perspectives"]),
-            "backbone": one["backbone"],
-            "licence": one["licence"] or "not known",
-            "backbone licence": one["backbone_licence"],
-            "location": one["location"],
-            "verified": "yes" if one["is_verified"] else "no",
-        }
-        for one in found
-    ]
-    print(as_text(pa.Table.from_pylist(rows)))
-    print("\n".join(["", *notes()]))
-    return EXIT_OK
-
-
-def _convert(arguments: argparse.Namespace) -> int:
-    folder = resolve(arguments.checkpoint)
-    if (system := system_of(folder)) != "llava_reward":
-        raise ConfigError(f"checkpoints of {system} have no adapters to convert")
-    from model.llava_reward.convert import convert  # torch, which no other command here needs
-
-    done = convert(folder, arguments.out)
-    for perspective, checkpoint in done.after.checkpoints.items():
-        print(f"{perspective}: {done.before.checkpoints[perspective]} is now {checkpoint}")
-    say(
-        f"wrote {arguments.out}: the same rewards under new hashes; policies and stored nights name the old ones, so a "
-        "policy for it must name the new"
-    )
-    return EXIT_OK
 
 
 def _precision(arguments: argparse.Namespace) -> int:

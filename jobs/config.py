@@ -124,7 +124,7 @@ class JobConfig(BaseModel):
     @model_validator(mode="after")
     def _mode_goes_with_dtype(self) -> Self:
         try:
-            check_mode(self.mode, self.dtype)
+            check_mode(self.mode, self.dtype, self.adapters)
         except ConfigError as error:
             raise ValueError(str(error)) from error
         return self

@@ -67,16 +67,16 @@ def measure(job: Job, say: Say) -> Measured:
     check_applies(policy, identity.checkpoints, identity.vector_perspectives)
     sources = {REAL: lambda: _real(job), SCENES: lambda: _scenes(job.scenes)}
     # The mode first: whatever stands against it is found before the work.
-    other = {name: list(_scored(job, job.mode, name, source, say)) for name, source in sources.items()}
-    exact = {name: list(_scored(job, EXACT, name, source, say)) for name, source in sources.items()}
+    other, exact = (_scored(job, mode, sources, say) for mode in (job.mode, EXACT))
     sets = {name: compare(exact[name], other[name], policy) for name in sources if exact[name]}
-    if not any(one.rows for one in sets.values()):
+    if not any(one.rows or one.lost for one in sets.values()):
         raise ConfigError("nothing to measure with: name --images FOLDER, or --scenes above 0")
     measured = Measured(
         date=datetime.now(UTC).date(),
         dtype=job.dtype,
         device=_device_name(job.device),
         checkpoints=dict(identity.checkpoints),
+        preprocessing_hash=identity.preprocessing_hash,
         is_trained=identity.is_trained,
         policy_id=policy.id,
         policy_hash=policy.content_hash,
@@ -90,15 +90,18 @@ def measure(job: Job, say: Say) -> Measured:
 
 
 def _scored(
-    job: Job, mode: str, name: str, source: Callable[[], Iterator[Generation]], say: Say
-) -> Iterator[ScoreRecord]:
+    job: Job, mode: str, sources: Mapping[str, Callable[[], Iterator[Generation]]], say: Say
+) -> dict[str, list[ScoreRecord]]:
+    """Every source through one scorer, which is gone when this returns."""
     scorer = load(job.checkpoint, device=job.device, dtype=job.dtype, mode=mode)
-    generations, done = source(), 0
-    while batch := list(islice(generations, _BATCH)):
-        yield from scorer.score(batch)
-        done += len(batch)
-        if done % _ROWS_PER_LINE == 0:
-            say(f"{mode}: {done} {name}")
+    records: dict[str, list[ScoreRecord]] = {name: [] for name in sources}
+    for name, source in sources.items():
+        generations, found = source(), records[name]
+        while batch := list(islice(generations, _BATCH)):
+            found += scorer.score(batch)
+            if len(found) % _ROWS_PER_LINE == 0:
+                say(f"{mode}: {len(found)} {name}")
+    return records
 
 
 def _real(job: Job) -> Iterator[Generation]:
@@ -124,17 +127,30 @@ def _device_name(device: str) -> str:
 
 
 def compare(exact: Sequence[ScoreRecord], other: Sequence[ScoreRecord], policy: Policy) -> Comparison:
-    """Records of the same generations in the same order. Rows that either could not score are counted and left out."""
-    pairs = [(a, b) for a, b in zip(exact, other, strict=True) if a.error is None and b.error is None]
-    if not pairs:
-        return Comparison(rows=0, not_scored=len(exact), perspectives={}, changed={})
-    first = pairs[0][0]
-    perspectives = {p: _difference(p, pairs) for p in Perspective if p in first.rewards or p in first.reward_vectors}
-    verdicts = [tuple(str(decide(one.rewards, policy).verdict) for one in pair) for pair in pairs]
+    """Records of the same generations in the same order.
+
+    A row that only the mode could not score is a fault of the mode: counted, and its verdict changes to ``none``. One
+    without an exact reward says nothing of the mode: counted and left out.
+    """
+    known = [(a, b) for a, b in zip(exact, other, strict=True) if a.error is None]
+    pairs = [(a, b) for a, b in known if b.error is None]
+    verdicts = [(_verdict(a, policy), _verdict(b, policy)) for a, b in known]
     changed = Counter(f"{before}->{after}" for before, after in verdicts if before != after)
+    first = pairs[0][0] if pairs else None
     return Comparison(
-        rows=len(pairs), not_scored=len(exact) - len(pairs), perspectives=perspectives, changed=dict(changed)
+        rows=len(pairs),
+        lost=len(known) - len(pairs),
+        not_scored=len(exact) - len(known),
+        perspectives={
+            p: _difference(p, pairs) for p in Perspective if first and (p in first.rewards or p in first.reward_vectors)
+        },
+        changed=dict(changed),
     )
+
+
+def _verdict(record: ScoreRecord, policy: Policy) -> str:
+    verdict = decide(record.rewards, policy).verdict if record.error is None else None
+    return str(verdict or "none")
 
 
 def _difference(perspective: Perspective, pairs: Sequence[tuple[ScoreRecord, ScoreRecord]]) -> Difference:
@@ -152,7 +168,7 @@ def _values(record: ScoreRecord, perspective: Perspective) -> Sequence[float]:
 
 def _print(measured: Measured, say: Say) -> None:
     for name, one in measured.sets.items():
-        say(f"{name}: {summary(name, one)}; {one.not_scored} could not be scored")
+        say(f"{name}: {summary(name, one)}; {one.not_scored} left out, which could not be scored exactly")
         for perspective, found in one.perspectives.items():
             spearman = "none" if found.spearman is None else f"{found.spearman:.5f}"
             say(f"  {perspective}: Spearman {spearman}, largest difference {found.largest:.4f}, mean {found.mean:.4f}")

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from model.checkpoint_store import PRECISION_FILE
 from model.errors import ConfigError
 from model.modes import EXACT
 from model.perspectives import Perspective
 from model.scorer import ScorerIdentity
 
-PRECISION_FILE = "precision.json"
 # Fewer inputs than these say little about rare verdicts, and are called few wherever they are shown.
 ENOUGH = {"real images": 200, "scenes": 1000}
 
@@ -38,9 +38,16 @@ class Difference(_Strict):
 
 
 class Comparison(_Strict):
-    """One set of inputs. ``changed``: verdicts as ``allow->review`` to how many; ``not_scored``: rows left out."""
+    """One set of inputs.
+
+    - rows: with a reward both exactly and in the mode; ``perspectives`` is over these, and empty without any
+    - lost: with an exact reward and none in the mode
+    - not_scored: without an exact reward; left out
+    - changed: verdicts, over rows and lost, as ``allow->review`` to how many; ``none`` is no verdict
+    """
 
     rows: int
+    lost: int
     not_scored: int
     perspectives: dict[Perspective, Difference]
     changed: dict[str, int]
@@ -53,6 +60,7 @@ class Measured(_Strict):
     dtype: str
     device: str
     checkpoints: dict[Perspective, str]
+    preprocessing_hash: str
     is_trained: bool
     policy_id: str
     policy_hash: str
@@ -68,11 +76,13 @@ class Precision(_Strict):
     measured: Measured | None = None
 
 
-_File = TypeAdapter(dict[str, Measured])
+# Mode -> dtype -> what was measured.
+_Entries = dict[str, dict[str, Measured]]
+_File = TypeAdapter(_Entries)
 
 
-def read(folder: Path) -> dict[str, Measured]:
-    """Mode -> what was measured; empty without a file. Raises ``ConfigError`` for a malformed one."""
+def read(folder: Path) -> _Entries:
+    """Mode -> dtype -> what was measured; empty without a file. Raises ``ConfigError`` for a malformed one."""
     path = folder / PRECISION_FILE
     try:
         return _File.validate_json(path.read_bytes())
@@ -94,17 +104,20 @@ def check_writable(folder: Path) -> None:
 
 
 def write(folder: Path, mode: str, measured: Measured) -> Path:
-    """Puts one mode's measurement in place of an older one; returns the file."""
+    """Puts one measurement in place of an older one of the same mode and dtype; returns the file."""
     path = folder / PRECISION_FILE
-    content = _File.dump_json({**read(folder), mode: measured}, indent=1)
+    entries = read(folder)
+    entries[mode] = {**entries.get(mode, {}), measured.dtype: measured}
+    content = _File.dump_json(entries, indent=1)
     path.write_bytes(content + b"\n")
     return path
 
 
 def precision_of(folder: Path, identity: ScorerIdentity) -> Precision:
-    """How a scorer scores, and what was measured of that for exactly these weights, dtype and mode."""
-    found = None if identity.mode == EXACT else read(folder).get(identity.mode)
-    if found and (found.checkpoints != dict(identity.checkpoints) or found.dtype != identity.dtype):
+    """How a scorer scores, and what was measured of that for exactly these weights, preprocessing, dtype and mode."""
+    found = None if identity.mode == EXACT else read(folder).get(identity.mode, {}).get(identity.dtype)
+    wanted = (dict(identity.checkpoints), identity.preprocessing_hash, identity.dtype)
+    if found and (found.checkpoints, found.preprocessing_hash, found.dtype) != wanted:
         found = None
     return Precision(dtype=identity.dtype, mode=identity.mode, measured=found)
 
@@ -123,18 +136,17 @@ def describe(precision: Precision | None) -> list[str]:
 
 
 def summary(name: str, one: Comparison) -> str:
-    """The worst perspective of each kind, and the verdicts that changed."""
+    """The worst perspective of each kind, the rows that have no reward in the mode, and the verdicts that changed."""
     ranked = {p: d.spearman for p, d in one.perspectives.items() if d.spearman is not None}
     least = min(ranked, key=lambda p: ranked[p], default=None)
     spearman = f"least Spearman {ranked[least]:.4f} ({least})" if least else "no Spearman"
-    widest = max(one.perspectives, key=lambda p: one.perspectives[p].largest)
+    widest = max(one.perspectives, key=lambda p: one.perspectives[p].largest, default=None)
+    largest = f"largest difference {one.perspectives[widest].largest:.3g} ({widest})" if widest else "no difference"
+    lost = f"{one.lost} without a reward in this mode, " if one.lost else ""
     changed = sum(one.changed.values())
     how = f" ({_counts(one.changed)})" if changed else ""
     few = "" if one.rows >= ENOUGH[name] else f", which is few (at least {ENOUGH[name]} are wanted)"
-    return (
-        f"{one.rows}{few}; {spearman}, largest difference {one.perspectives[widest].largest:.3g} ({widest}), "
-        f"{changed} verdicts changed{how}"
-    )
+    return f"{one.rows}{few}; {spearman}, {largest}, {lost}{changed} verdicts changed{how}"
 
 
 def _counts(counts: Mapping[str, int]) -> str:

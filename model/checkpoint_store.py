@@ -33,6 +33,9 @@ BUNDLE = ("*.json", "*.yaml", "*.safetensors", "*.bin", "golden/*")
 BACKBONE = ("*.json", "*.safetensors")
 ADAPTER = ("reward_config.yaml", "pytorch_model.bin", "lora/adapter_config.json", "lora/adapter_model.*")
 
+# What ``assay precision`` measured; it writes this into the folder of the checkpoint, wherever that lies.
+PRECISION_FILE = "precision.json"
+
 _RECORD = ".assay.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -59,6 +62,11 @@ def _fetch(location: str, patterns: tuple[str, ...], root: Path) -> Path:
             _download(source, patterns, files or _listing(source, patterns), folder)
     _check_cached(folder)
     return folder
+
+
+def names_in(location: str, patterns: Sequence[str]) -> set[str]:
+    """Paths of the files that ``fetch`` would take; downloads none of them. Raises as ``fetch`` does."""
+    return {file.path for file in _listing(source_of(location), patterns)}
 
 
 def file_sha256(path: Path) -> str:
@@ -169,7 +177,11 @@ def _git_blob(path: Path) -> str:
 def _check_cached(folder: Path) -> None:
     """Raises ``ConfigError`` naming the first file that is not as it was downloaded."""
     record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))["files"]
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {_RECORD}
+    # Measuring a mode writes or changes this one after the download. It decides no reward: without it, or with another
+    # one, the same rewards come out, and a report of them says something else about their precision.
+    record.pop(PRECISION_FILE, None)
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    present -= {_RECORD, PRECISION_FILE}
     remedy = f"delete {folder} and it is downloaded again"
     for name in sorted(record.keys() ^ present):
         raise ConfigError(f"{folder / name} is {'missing' if name in record else 'not of this checkpoint'}; {remedy}")

@@ -18,12 +18,18 @@ ROUNDED_MODES = (INT8, FP8)
 _CROPS_DIVISOR = 4  # 16 crops, as published, become 4: a square picture takes 757 image tokens instead of 2509
 
 
-def check_mode(mode: str, dtype: str) -> str:
-    """``mode`` itself; raises ``ConfigError`` if it is unknown, or does not go with ``dtype``."""
+def check_mode(mode: str, dtype: str, adapters: str = "auto") -> str:
+    """``mode`` itself; raises ``ConfigError`` if it is unknown, or does not go with ``dtype`` or ``adapters``.
+
+    - adapters: as in ``model.scorer.load``. What is rounded is another weight with LoRA merged than without, so eight
+      bits have one form only, or equal identities would give unequal rewards
+    """
     if mode not in MODES:
         raise ConfigError(f"mode={mode!r} is unknown, expected one of {list(MODES)}")
     if mode == FP8 and dtype != "bfloat16":
         raise ConfigError(f"mode='fp8' computes in bfloat16, not in {dtype}; set dtype=bfloat16 with it")
+    if mode in ROUNDED_MODES and adapters == "low_rank":
+        raise ConfigError(f"adapters='low_rank' does not go with mode={mode!r}, which rounds merged weights; use auto")
     return mode
 
 

@@ -135,10 +135,10 @@ def load(
     - adapters: one of ``ADAPTERS``
     - raises: ``ConfigError`` in one line that names the value and the remedy; ``TransientError`` if S3 or the hub fails
     """
-    check_mode(mode, _checked_dtype(dtype))
-    folder = resolve(name_or_path)
     if adapters not in ADAPTERS:
         raise ConfigError(f"adapters={adapters!r} is not known, expected one of {list(ADAPTERS)}")
+    check_mode(mode, _checked_dtype(dtype), adapters)
+    folder = resolve(name_or_path)
     system = _system(folder, "scorer")
     scorer: Scorer = system.load_scorer(folder, device=device, dtype=dtype, mode=mode, adapters=adapters)
     return scorer

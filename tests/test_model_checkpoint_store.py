@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs.precision import Job, measure
+from jobs.precision_file import precision_of
 from model import checkpoint_store, storage
 from model.checkpoint_sources import HubSource, RemoteFile, S3Source, is_location, source_of
 from model.checkpoint_store import ADAPTER, BUNDLE, fetch
@@ -181,6 +183,25 @@ def test_a_file_more_or_less_in_the_cache_is_named(demo_in_s3: str, cache: Path)
     (folder / "golden.json").unlink()
     with pytest.raises(ConfigError, match=r"golden\.json is missing"):
         fetch(demo_in_s3, BUNDLE)
+
+
+@pytest.mark.parametrize("is_published", [False, True])
+def test_measured_precision_may_be_written_into_the_cache(
+    demo_in_s3: str, cache: Path, tmp_path: Path, is_published: bool
+) -> None:
+    if is_published:
+        storage.put(f"{demo_in_s3}/precision.json", b"{}")
+    load(demo_in_s3)
+    policy = Path("infra/policies/default.yaml")
+    measured = measure(Job(demo_in_s3, "few_crops", str(policy), scenes=1), lambda line: None)
+    again()
+    load(demo_in_s3).check_golden()
+    [folder] = folders(cache)
+    assert precision_of(folder, read_identity(demo_in_s3, mode="few_crops")).measured == measured
+    (folder / "safety" / "precision.json").write_bytes(b"{}")
+    again()
+    with pytest.raises(ConfigError, match=r"safety/precision\.json is not of this checkpoint"):
+        load(demo_in_s3)
 
 
 def test_half_a_download_is_never_used(demo_in_s3: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

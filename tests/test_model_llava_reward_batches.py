@@ -176,6 +176,7 @@ def test_bounds_by_hand() -> None:
     assert same_within("float32", 3.0) == 1e-5
     assert same_within("bfloat16", 0.5) == same_within("bfloat16", 0.0) == 5e-2
     assert same_within("bfloat16", 3.0) == pytest.approx(0.3)  # a tenth of the spread
-    assert [same_within("float32", 1.0, mode) for mode in ("exact", "few_crops", "int8")] == [1e-5, 1e-5, 5e-2]
+    assert [same_within("float32", 0.1, mode) for mode in ("exact", "few_crops", "int8")] == [1e-5, 1e-5, 5e-2]
+    assert same_within("float32", 3.0, "int8") == same_within("bfloat16", 3.0)
     with pytest.raises(ConfigError, match="dtype=float16"):
         same_within("float16", 1.0)

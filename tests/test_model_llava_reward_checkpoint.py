@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
+from random import Random
 
 import pytest
 import torch
@@ -15,11 +18,11 @@ from torch import Tensor
 
 from model.errors import ConfigError
 from model.llava_reward.backbones.rope import rope_tables
-from model.llava_reward.checkpoint import load_network
+from model.llava_reward.checkpoint import load_network, read_tensors
 from model.llava_reward.config import RopeConfig, read_clip_config, read_phi3v_config
 from model.llava_reward.network import RewardNetwork
 from model.perspectives import Perspective
-from model.scorer import load, resolve
+from model.scorer import load, read_identity, resolve
 
 torch.set_num_threads(2)
 
@@ -190,6 +193,52 @@ def test_a_pickle_that_is_not_plain_tensors_is_refused(bundle: Path, content: st
     assert "\n" not in str(caught.value)
 
 
+def _saved(*, is_zip: bool) -> bytes:
+    buffer = io.BytesIO()
+    tensors = {"value_head.weight": torch.zeros(2, 3), "W_q.weight": torch.ones(2, 2, dtype=torch.bfloat16)}
+    torch.save(tensors, buffer, _use_new_zipfile_serialization=is_zip)
+    return buffer.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_damaged_bin_file_is_one_line_whatever_the_damage(tmp_path: Path, is_zip: bool) -> None:
+    whole, path = _saved(is_zip=is_zip), tmp_path / "pytorch_model.bin"
+    random = Random(7)
+    refused = []
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for _ in range(random.choice((1, 2, 5))):
+            damaged[random.randrange(len(damaged))] = random.randrange(256)
+        path.write_bytes(damaged[: random.randrange(len(damaged))] if random.random() < 0.2 else damaged)
+        try:
+            read_tensors(path)  # damage to numbers alone does not show here
+        except ConfigError as error:
+            refused.append(error)
+    assert len(refused) > 50
+    assert {type(error.__cause__) for error in refused} > {UnicodeDecodeError, UnpicklingError}
+    assert all(str(error).startswith(f"{path} ") and "\n" not in str(error) for error in refused)
+
+
+def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({0: torch.zeros(1)}, path)
+    with pytest.raises(ConfigError, match="not a flat dict of names and tensors"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("weights", ["pytorch_model.bin", "model-00001-of-00002.safetensors"])
+@pytest.mark.parametrize("has_head_config", [True, False])
+def test_a_full_fine_tune_is_refused_by_name(bundle: Path, weights: str, has_head_config: bool) -> None:
+    shutil.rmtree(bundle / "safety" / "lora")
+    (bundle / "safety" / "pytorch_model.bin").rename(bundle / "safety" / weights)
+    if not has_head_config:
+        (bundle / "safety" / "reward_config.yaml").unlink()
+    for use in (load, read_identity):
+        with pytest.raises(ConfigError, match=r"safety has no folder lora/: .* full fine-tune, which is not supported"):
+            use(bundle)
+
+
 def _edit_json(path: Path, **changes: object) -> None:
     values = json.loads(path.read_text())
     for key, value in changes.items():
@@ -264,7 +313,7 @@ def test_tower_without_sizes_is_vit_l_14_336(tmp_path: Path) -> None:
 def test_rope_by_hand() -> None:
     # head_dim 4, theta 100: plain frequencies 1 and 100^(-2/4) = 0.1.
     config = RopeConfig(100.0, 4, 3, (1.0, 2.0), (4.0, 5.0), 1.5)
-    cosines, sines = rope_tables(torch.tensor([3, 4]), 4, config)
+    cosines, sines = rope_tables(torch.tensor([3, 4]), torch.arange(4)[None], config)
     assert cosines.shape == (2, 1, 4, 4)
     # Sample 0 has length 3, not above 3: short factors. Position 2: angles 2*1/1 = 2 and 2*0.1/2 = 0.1.
     expected = [1.5 * math.cos(2), 1.5 * math.cos(0.1)] * 2

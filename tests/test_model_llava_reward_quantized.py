@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.errors import ErrorCode
+from model.errors import ConfigError, ErrorCode
 from model.llava_reward.backbones.output_rows import output_rows
 from model.llava_reward.checkpoint import load_network
-from model.llava_reward.low_rank import LowRankLinear
 from model.llava_reward.network import RewardNetwork
 from model.llava_reward.quantized import EightBitLinear, quantize, round_rows
 from model.llava_reward.scorer import LlavaRewardScorer
@@ -158,14 +157,13 @@ def test_int8_from_file_to_reward(dtype: str) -> None:
     assert torch.equal(rewards(int8, GENERATIONS), together)
 
 
-def test_int8_beside_low_rank_adapters() -> None:
-    """The one language model is rounded, the adapters beside it are not."""
-    int8 = LlavaRewardScorer(resolve("demo"), mode=INT8, adapters="low_rank")
-    projection = int8._network.get_submodule("branches.safety.model.layers.0.self_attn.qkv_proj")
-    assert isinstance(projection, LowRankLinear)
-    assert isinstance(projection.base, EightBitLinear)
-    exact = LlavaRewardScorer(resolve("demo"), adapters="low_rank")
-    assert 0 < float((rewards(exact, GENERATIONS) - rewards(int8, GENERATIONS)).abs().max()) < NEAR
+def test_eight_bits_have_one_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is rounded differs with the form, so memory must not choose it, and a choice against it is refused."""
+    monkeypatch.setattr("model.llava_reward.adapter_form.free_bytes", lambda device: 1)
+    assert load("demo").placement.startswith("low_rank: merged is over")
+    assert load("demo", mode=INT8).placement.startswith("merged: as set")
+    with pytest.raises(ConfigError, match="adapters='low_rank' does not go with mode='int8'"):
+        load("demo", mode=INT8, adapters="low_rank")
 
 
 @torch.inference_mode()

@@ -105,7 +105,9 @@ def weight_bytes(
 def free_bytes(device: torch.device) -> int | None:
     """What can still be allocated on a device; None where this is not known how to ask."""
     if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
+        # What torch keeps for reuse is not free to the driver, yet free to us.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free: int = torch.cuda.mem_get_info(device)[0] + kept
         return free
     return available_ram(Path("/")) if device.type == "cpu" else None
 

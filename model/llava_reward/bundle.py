@@ -92,12 +92,10 @@ def read_bundle(folder: Path, *, mode: str = EXACT) -> Bundle:
     """
     path = folder / "scorer.json"
     values = read_json(path)
-    _check_system(path, values)
-    _check_keys(path, values)
-    _check_family_values(path, values)
+    check_values(path, values)
     family = values["family"]
     backbone = _located(path, values["backbone"], BACKBONE)
-    adapters = _adapters(path, values["adapters"])
+    adapters = {Perspective(key): _located(path, value, ADAPTER) for key, value in values["adapters"].items()}
     return Bundle(
         folder=folder,
         family=family,
@@ -115,6 +113,21 @@ def read_bundle(folder: Path, *, mode: str = EXACT) -> Bundle:
         hashes=values.get("hashes", {}),
         places={values["backbone"]: backbone, **{values["adapters"][p]: adapters[p] for p in adapters}},
     )
+
+
+def check_values(path: Path, values: Mapping[str, Any]) -> None:
+    """Everything about the content of ``scorer.json`` that shows without the files which it names.
+
+    - path: the file, for messages; need not exist
+    - raises: ``ConfigError`` naming it, the key and the remedy
+    """
+    _check_system(path, values)
+    _check_keys(path, values)
+    _check_family_values(path, values)
+    unknown = sorted(set(values["adapters"]) - set(Perspective))
+    if unknown or not values["adapters"]:
+        raise ConfigError(f"{path}: adapters names {unknown}, expected some of {[p.value for p in Perspective]}")
+    _head_training(path, values)
 
 
 def _check_system(path: Path, values: Mapping[str, Any]) -> None:
@@ -147,13 +160,6 @@ def _check_family_values(path: Path, values: Mapping[str, Any]) -> None:
     keys = values.get("qwen_skipca_keys", QWEN_RELEASED_KEYS)
     if keys not in QWEN_SKIP_CA_KEYS:
         raise ConfigError(f"{path}: qwen_skipca_keys={keys!r}, expected one of {list(QWEN_SKIP_CA_KEYS)}")
-
-
-def _adapters(path: Path, values: Mapping[str, Any]) -> dict[Perspective, Path]:
-    unknown = sorted(set(values) - set(Perspective))
-    if unknown or not values:
-        raise ConfigError(f"{path}: adapters names {unknown}, expected some of {[p.value for p in Perspective]}")
-    return {Perspective(key): _located(path, value, ADAPTER) for key, value in values.items()}
 
 
 def _head_training(path: Path, values: Mapping[str, Any]) -> dict[Perspective, HeadTraining]:
@@ -209,16 +215,14 @@ def read_identity(folder: Path, *, dtype: str, mode: str, preprocessing_hash: st
     """
     bundle = read_bundle(folder)
     check_hashes(folder / "scorer.json", bundle.hashes, bundle.places)
-    backbone_files = [_existing_file(bundle.backbone / "config.json"), *backbone_weights(bundle.backbone)]
-    if (bundle.backbone / "clip_tower.json").exists():
-        backbone_files.append(bundle.backbone / "clip_tower.json")
-    backbone_lines = _hash_lines("backbone", bundle.backbone, backbone_files)
+    backbone_lines = _hash_lines("backbone", bundle.backbone, backbone_files(bundle.backbone))
     checkpoints, vectors = {}, []
     for perspective in bundle.perspectives:
         adapter = bundle.adapters[perspective]
+        files = adapter_files(adapter)
         head = read_head_config(adapter / HEAD_CONFIG)
         check_head(bundle.family, head, adapter)
-        lines = backbone_lines + _hash_lines("adapter", adapter, _adapter_files(adapter)) + _option_lines(bundle, head)
+        lines = backbone_lines + _hash_lines("adapter", adapter, files) + _option_lines(bundle, head)
         checkpoints[perspective] = f"{bundle.name}@sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
         if head.is_general_preference:
             vectors.append(perspective)
@@ -234,10 +238,28 @@ def read_identity(folder: Path, *, dtype: str, mode: str, preprocessing_hash: st
     )
 
 
-def _adapter_files(adapter: Path) -> list[Path]:
+def backbone_files(backbone: Path) -> list[Path]:
+    """The files that decide a reward. Raises ``ConfigError`` for one that is missing."""
+    files = [_existing_file(backbone / "config.json"), *backbone_weights(backbone)]
+    tower = backbone / "clip_tower.json"
+    return [*files, tower] if tower.exists() else files
+
+
+def adapter_files(adapter: Path) -> list[Path]:
+    """The files that decide a reward. Raises ``ConfigError`` for one that is missing."""
     if is_adapter_file(adapter):
         return [adapter]
+    if not (adapter / "lora").is_dir():
+        raise no_lora(adapter)
     return [*(_existing_file(adapter / name) for name in (HEAD_CONFIG, LORA_CONFIG)), *adapter_weights(adapter)]
+
+
+def no_lora(adapter: Path | str) -> ConfigError:
+    """What is wrong with an adapter folder that has no ``lora/``: such as one with all weights of a full fine-tune."""
+    return ConfigError(
+        f"{adapter} has no folder lora/: it is incomplete, or a full fine-tune, which is not supported; "
+        "use an adapter that was published with LoRA"
+    )
 
 
 def read_heads(bundle: Bundle, identity: ScorerIdentity) -> dict[Perspective, Head]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from struct import error as StructError
 from typing import Any
 
 import torch
@@ -30,6 +31,20 @@ from model.perspectives import Perspective
 _HEAD_NAMES = ("value_head.weight", "W_q.weight", "W_k.weight", "W_v.weight", "ca_layernorm.weight")
 
 Tensors = dict[str, Tensor]
+
+# What torch.load raises, with weights_only=True, for files that are cut or changed: seen with thousands of them.
+# UnicodeDecodeError is a ValueError, IndexError and KeyError are LookupErrors.
+_DAMAGED = (
+    UnpicklingError,
+    StructError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AssertionError,
+)
 
 
 class _BaseTensors:
@@ -172,14 +187,28 @@ def read_tensors(path: Path) -> Tensors:
                 names = [name for name in list(stored.keys()) if member_of(name) == place[1]]
                 return {name: stored.get_tensor(name) for name in names}
         if path.suffix == ".safetensors":
-            tensors: object = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, OSError, EOFError, RuntimeError) as error:
-        raise ConfigError(f"{path} holds no plain tensors: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ConfigError(f"{path} is not a flat dict of tensors")
+            stored_tensors: Tensors = load_file(path)
+            return stored_tensors
+    except (SafetensorError, OSError, EOFError, RuntimeError) as error:
+        raise _no_tensors(path, error) from error
+    return _read_pickled(path)
+
+
+def _read_pickled(path: Path) -> Tensors:
+    try:
+        tensors: object = torch.load(path, map_location="cpu", weights_only=True)
+    except _DAMAGED as error:
+        raise _no_tensors(path, error) from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
+    ):
+        raise ConfigError(f"{path} is not a flat dict of names and tensors")
     return tensors
+
+
+def _no_tensors(path: Path, error: Exception) -> ConfigError:
+    cause = " ".join(str(error).split())[:200] or type(error).__name__
+    return ConfigError(f"{path} holds no plain tensors: {cause}; replace it by the published file")
 
 
 def _head_tensors(path: Path, projector: str, expected: Iterable[str]) -> Tensors:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from model.llava_reward.backbones.layers import Layout, Rope, every_token
+from model.llava_reward.backbones.layers import Layout, Rope, embed, every_token
 from model.llava_reward.backbones.phi3v import Phi3VModel, Phi3VSample, Phi3VShared, read_backbone
 from model.llava_reward.pixels import crops_from_pixels
 from model.llava_reward.pretrain_data import LABELS, Sample
@@ -82,7 +82,7 @@ class PretrainNetwork(nn.Module):
         shared = self._share(samples)
         image_tokens = self.backbone.project(self.model, shared)
         [(run, rope)] = shared.runs  # no two samples hold the same tensor, so none are joined
-        embedded = self.model.embed(run.input_ids, torch.cat(list(image_tokens)))
+        embedded = embed(self.model.embed_tokens, run.input_ids, torch.cat(list(image_tokens)))
         hidden = _all_positions(self.model, embedded, rope, run.layout)
         weights = pad_sequence([torch.from_numpy(s.weights) for s in samples], batch_first=True)
         asked = weights > 0

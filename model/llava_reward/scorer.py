@@ -59,7 +59,8 @@ class LlavaRewardScorer:
         self.preprocessing_hash = self._preprocessor.preprocessing_hash
         # Before the network is built: it compares the files with their hashes.
         self.identity = read_identity(folder, dtype=dtype, mode=mode, preprocessing_hash=self.preprocessing_hash)
-        form = choose_form(bundle, adapters, device=self._device, dtype=getattr(torch, dtype))
+        asked = "merged" if mode in ROUNDED_MODES else adapters  # eight bits have one form, see check_mode
+        form = choose_form(bundle, asked, device=self._device, dtype=getattr(torch, dtype))
         self.placement = form.reason
         self._network = load_network(
             bundle.backbone,
@@ -127,7 +128,7 @@ class LlavaRewardScorer:
         check_golden(self, self._folder)
 
     def _wanted(self, perspectives: Sequence[Perspective] | None) -> tuple[Perspective, ...]:
-        wanted = self.perspectives if perspectives is None else tuple(perspectives)
+        wanted = self.perspectives if perspectives is None else tuple(dict.fromkeys(perspectives))
         unknown = sorted(set(wanted) - set(self.perspectives))
         if unknown:
             have = [p.value for p in self.perspectives]
@@ -176,6 +177,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device={name!r} is not a torch device, such as cpu or cuda:0") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name!r} is not supported, expected cpu, cuda or cuda:<number>")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={name!r}, but torch finds no CUDA device; use device=cpu")
     return device

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.llava_reward.backbones.interface import EndState
-from model.llava_reward.backbones.layers import Layer, every_token
+from model.llava_reward.backbones.layers import Layer, embed, every_token
 from model.llava_reward.backbones.phi3v import Phi3VBackbone, Phi3VModel, Phi3VSample, Phi3VShared
 from model.llava_reward.backbones.phi3v_vision import merge_patches
 from model.llava_reward.backbones.pictures import Pictures
@@ -196,7 +196,7 @@ def _reward(
         hidden = built.backbone.end_state(model, towered, tokens).hidden[:, None]  # (1, 1, h)
     else:
         run, rope = towered.runs[0]
-        hidden = model.embed(run.input_ids, tokens[0])
+        hidden = embed(model.embed_tokens, run.input_ids, tokens[0])
         for layer in model.layers:
             hidden = every_token(cast(Layer, layer), hidden, rope, run.layout)
         hidden = model.norm(hidden)  # (1, l, h)

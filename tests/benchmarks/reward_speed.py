@@ -25,6 +25,7 @@ from model.perspectives import Perspective
 from tests.benchmarks.mode_speed import compare_mode
 from tests.benchmarks.reward_flops import flops_ours, flops_straightforward
 from tests.benchmarks.reward_models import SCALES, STEPS, Built, build, make_sample, rewards_by_steps
+from tests.benchmarks.reward_shares import print_shares
 from tests.benchmarks.reward_timing import Rewards, interleaved, largest_difference, ours, peak_bytes
 
 PEAK_FLOPS_H200 = 790e12  # bfloat16, what large matrix products reach; the roofline of the floors
@@ -77,6 +78,7 @@ def compare(built: Built, samples: list[Phi3VSample], perspectives: list[Perspec
         f"peak memory: ours {peaks[0] / 2**30:.2f} GiB, straightforward {peaks[1] / 2**30:.2f} GiB (weights included)"
     )
     print_flops(built, samples[0], len(perspectives), (rates[0], rates[1]), gpu=device.type == "cuda")
+    print_shares(built, device, new)
 
 
 def print_steps(built: Built, samples: list[Phi3VSample], perspectives: list[Perspective], args: Any) -> None:
@@ -118,7 +120,8 @@ def main() -> None:
     tokens = int((samples[0].input_ids < 0).sum())
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{args.threads} CPU threads"
     print(f"{args.scale} scale, {built.scale.dtype}, {where}, torch {torch.__version__}")
-    print(f"{args.size}: {len(samples[0].crops)} crops, {tokens} image tokens; {len(perspectives)} perspectives")
+    crops = len(samples[0].crops)
+    print(f"{args.size}: {crops} crops, {tokens} image tokens, no padding; {len(perspectives)} perspectives")
     if args.mode != EXACT:
         compare_mode(built, samples, perspectives, args)
         return

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from model.errors import ConfigError
 from model.llava_reward.backbones import layers
@@ -49,18 +48,6 @@ def rebuild_rope(module: Any) -> None:
         setattr(module, name, type(getattr(module, name))(module.config))
 
 
-def embed(embedding: nn.Module, input_ids: Tensor, image_tokens: Tensor) -> Tensor:
-    """Look ids up, and put the projected image tokens, in order, where an id is negative.
-
-    - input_ids: ``(b, l)`` int64; image_tokens: ``(number of negative ids, h)``
-    - returns: ``(b, l, h)``
-    """
-    embedded: Tensor = embedding(input_ids.clamp(min=0))
-    # Out of place, so that gradients reach both sides when this model is trained.
-    slots = (input_ids < 0).unsqueeze(-1).expand_as(embedded)
-    return embedded.masked_scatter(slots, image_tokens.to(embedded.dtype))
-
-
 class Heads(nn.Module):
     """Attention of a LLaMA-style layer in the steps of ``layers.Attention``."""
 
@@ -71,7 +58,6 @@ class Heads(nn.Module):
         self.v_proj: nn.Module = attention.v_proj
         self.o_proj: nn.Module = attention.o_proj
         self._head_dim: int = attention.head_dim
-        self._groups: int = attention.num_key_value_groups
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.view(*projected.shape[:-1], -1, self._head_dim).transpose(1, 2)
@@ -86,10 +72,7 @@ class Heads(nn.Module):
         return apply_rope(self._heads(self.q_proj(hidden)), *rope)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if self._groups != 1:
-            k, v = k.repeat_interleave(self._groups, 1), v.repeat_interleave(self._groups, 1)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.o_proj(layers.attend(q, k, v, mask))
         return out
 
 

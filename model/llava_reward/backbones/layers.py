@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, (b, 1, l, d)
 
@@ -72,6 +73,30 @@ class Layer(nn.Module):
 
 
 Step = Callable[[Layer, Tensor, Rope, Layout], Tensor]
+
+
+def embed(embedding: nn.Module, input_ids: Tensor, image_tokens: Tensor) -> Tensor:
+    """Look ids up, and put the projected image tokens, in order, where an id is negative.
+
+    - input_ids: ``(b, l)`` int64; image_tokens: ``(number of negative ids, h)``
+    - returns: ``(b, l, h)``
+    """
+    embedded: Tensor = embedding(input_ids.clamp(min=0))
+    # Out of place, so that gradients reach both sides when this model is trained.
+    slots = (input_ids < 0).unsqueeze(-1).expand_as(embedded)
+    return embedded.masked_scatter(slots, image_tokens.to(embedded.dtype))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention, heads joined again: ``(b, l, h)``; causal where no mask is given.
+
+    Keys and values may have fewer heads, each for as many queries.
+    """
+    if k.shape[1] != q.shape[1]:
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def every_token(layer: Layer, hidden: Tensor, rope: Rope, layout: Layout) -> Tensor:

@@ -23,6 +23,7 @@ from transformers.models.llava_next.configuration_llava_next import LlavaNextCon
 from model.llava_reward.backbones import decoder
 from model.llava_reward.backbones.clip import ClipTower
 from model.llava_reward.backbones.interface import Backbone, EndState, WeightNames
+from model.llava_reward.backbones.layers import embed
 from model.llava_reward.backbones.pictures import Pictures
 from model.llava_reward.backbones.prefix import Run, in_order, runs_of
 from model.llava_reward.config import ClipConfig, read_json
@@ -138,7 +139,7 @@ class LlavaBackbone(Backbone[LlavaSample, LlavaShared]):
         language_model, parts = cast(Any, model).language_model, []
         for run in shared.runs:
             shown = torch.cat([image_tokens[row] for row in run.shown])
-            embedded = decoder.embed(language_model.embed_tokens, run.input_ids, shown)
+            embedded = embed(language_model.embed_tokens, run.input_ids, shown)
             parts.append(decoder.end_hidden(language_model, embedded, run.positions, run.layout))
         return EndState(in_order(shared.runs, parts), image_tokens)
 

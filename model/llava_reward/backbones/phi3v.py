@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.llava_reward.backbones.interface import Backbone, EndState, SkipCaForm, WeightNames
-from model.llava_reward.backbones.layers import Layer, Layout, Rope, end_hidden
+from model.llava_reward.backbones.layers import Layer, Layout, Rope, attend, embed, end_hidden
 from model.llava_reward.backbones.output_rows import output_rows
 from model.llava_reward.backbones.phi3v_vision import VisionEncoder
 from model.llava_reward.backbones.pictures import Pictures
@@ -83,11 +83,7 @@ class Phi3Attention(nn.Module):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention and its output projection, ``(b, l, h)``; causal where no mask is given."""
-        if self.num_key_value_heads != self.num_heads:
-            repeats = self.num_heads // self.num_key_value_heads
-            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.o_proj(attend(q, k, v, mask))
         return out
 
 
@@ -125,17 +121,6 @@ class Phi3VModel(nn.Module):
         self.vision_embed_tokens = ImageProjector(config, clip)
         self.layers = nn.ModuleList(Phi3Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
-
-    def embed(self, input_ids: Tensor, image_tokens: Tensor) -> Tensor:
-        """Look ids up, and put the projected image tokens, in order, where an id is negative.
-
-        - input_ids: ``(b, l)`` int64; image_tokens: ``(number of negative ids, h)``
-        - returns: ``(b, l, h)``
-        """
-        embedded: Tensor = self.embed_tokens(input_ids.clamp(min=0))
-        # Out of place, so that gradients reach both sides when this model is trained.
-        slots = (input_ids < 0).unsqueeze(-1).expand_as(embedded)
-        return embedded.masked_scatter(slots, image_tokens.to(embedded.dtype))
 
     def end_hidden(self, embedded: Tensor, rope: Rope, layout: Layout) -> Tensor:
         """Hidden states of the end tokens after the final norm: ``(b, l, h)`` to one row of ``h`` each."""
@@ -242,7 +227,7 @@ class Phi3VBackbone(Backbone[Phi3VSample, Phi3VShared]):
     def end_state(self, model: nn.Module, shared: Phi3VShared, image_tokens: Sequence[Tensor]) -> EndState:
         phi, parts = cast(Phi3VModel, model), []
         for run, rope in shared.runs:
-            embedded = phi.embed(run.input_ids, torch.cat([image_tokens[row] for row in run.shown]))
+            embedded = embed(phi.embed_tokens, run.input_ids, torch.cat([image_tokens[row] for row in run.shown]))
             parts.append(phi.end_hidden(embedded, rope, run.layout))
         return EndState(in_order([run for run, _ in shared.runs], parts), image_tokens)
 

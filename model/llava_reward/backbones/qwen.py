@@ -19,6 +19,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLCo
 
 from model.llava_reward.backbones import decoder
 from model.llava_reward.backbones.interface import Backbone, EndState, SkipCaForm, WeightNames
+from model.llava_reward.backbones.layers import embed
 from model.llava_reward.backbones.pictures import Pictures
 from model.llava_reward.backbones.prefix import Run, in_order, runs_of
 from model.llava_reward.config import read_json
@@ -203,7 +204,7 @@ class QwenBackbone(Backbone[QwenSample, QwenShared]):
         language_model, parts = cast(QwenModel, model).language_model, []
         for run, position_ids in shared.runs:
             shown = torch.cat([image_tokens[row] for row in run.shown])
-            embedded = decoder.embed(language_model.embed_tokens, run.input_ids, shown)
+            embedded = embed(language_model.embed_tokens, run.input_ids, shown)
             parts.append(decoder.end_hidden(language_model, embedded, position_ids, run.layout))
         return EndState(in_order([run for run, _ in shared.runs], parts), image_tokens)
 
