@@ -123,11 +123,11 @@ def test_it_loads_what_is_set_and_says_how_the_weights_lie(
     policy = policy_file(tmp_path, dict(FakeScorer().identity.checkpoints))
 
     async def start() -> None:
-        Replica(replica_args(policy, adapters="low_rank", mode="int8"))
+        Replica(replica_args(policy, adapters="low_rank", mode="few_crops"))
 
     with caplog.at_level("INFO", "ray.serve"):
         asyncio.run(start())
-    assert asked == {"device": "cpu", "dtype": "float32", "mode": "int8", "adapters": "low_rank"}
+    assert asked == {"device": "cpu", "dtype": "float32", "mode": "few_crops", "adapters": "low_rank"}
     assert "fake on cpu in float32, LoRA no weights" in caplog.messages
 
 
