@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,27 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch.nn import functional as F
 
 from model.errors import ConfigError, DivergedError
 from model.llava_reward.backbones.phi3v import read_backbone
 from model.llava_reward.checkpoint import load_network
-from model.llava_reward.pretrain import DEFAULT_CONFIG, Pretraining, learning_rate
+from model.llava_reward.pixels import crops_from_pixels
+from model.llava_reward.pretrain import DEFAULT_CONFIG, Pretraining
 from model.llava_reward.pretrain_config import PretrainConfig, read_pretrain_config
 from model.llava_reward.pretrain_data import (
     FIELDS,
     LABELS,
     NO_FIELD,
+    Sample,
     SceneSamples,
     cell_labels,
+    cells_by_crop,
     draw_scene,
 )
-from model.llava_reward.pretrain_measure import measure
+from model.llava_reward.pretrain_measure import measure_captions, measure_cells
 from model.llava_reward.pretrain_network import PretrainNetwork, is_cell
+from model.llava_reward.pretrain_objectives import learning_rate
 from model.llava_reward.processor import IMAGE_TOKEN, hd_layout, num_image_tokens
 from model.llava_reward.prompt_tokens import PromptTokenizer
 from model.llava_reward.scene_tokenizer import build_scene_tokenizer
@@ -41,25 +46,29 @@ from model.llava_reward.small_phi3v import write_configs
 from model.llava_reward.tiny import write_adapter
 from model.perspectives import Perspective
 from model.scene_captions import caption_of, parse_caption
-from model.scene_flaws import Artefact
-from model.scene_grammar import HELD_OUT_PAIRS, Kind, holds_held_out_pair
+from model.scene_flaws import Artefact, ProhibitedSign
+from model.scene_grammar import HELD_OUT_PAIRS, Colour, Kind, holds_held_out_pair
 from model.scene_splits import Split
 from model.scenes import SceneTruth, draw
 
 _SMALL: Mapping[str, Any] = yaml.safe_load("""
 seed: 3
+is_mixed: false
 network: {crop: 28, patch: 7, num_crops: 4, tower_width: 16, tower_mlp: 24, tower_layers: 2, tower_heads: 2,
           hidden: 24, mlp: 32, layers: 2, heads: 2}
-scenes: {sizes: [[64, 64], [96, 64], [64, 96]], prompt_share: 0.6, mismatch_share: 0.5, artefact_share: 0.5,
-         sign_share: 0.4, only_one_until: 8, only_two_until: 16}
-learning: {batch: 4, micro_batch: 2, steps: 6, warmup: 2, rate: 2.0e-3, last_rate: 0.1, beta1: 0.9, beta2: 0.98,
-           weight_decay: 0.1, clip: 1.0, is_mixed: false, prompt_weight: 0.5, cell_weight: 0.1}
+scenes: {sizes: [[64, 64], [128, 64], [64, 96]], prompt_share: 0.6, mismatch_share: 0.5, artefact_share: 0.5,
+         sign_share: 0.4}
+tower: {batch: 4, micro_batch: 2, steps: 4, warmup: 2, rate: 2.0e-3, last_rate: 0.1, beta1: 0.9, beta2: 0.98,
+        weight_decay: 0.1, clip: 1.0, fine_crops: 1}
+captions: {batch: 4, micro_batch: 2, steps: 6, warmup: 2, rate: 2.0e-3, last_rate: 0.1, beta1: 0.9, beta2: 0.98,
+           weight_decay: 0.1, clip: 1.0, tower_rate: 0.3, prompt_weight: 0.5, cell_weight: 0.1}
 reporting: {log_steps: 1, save_seconds: 1000, validate_steps: 1000, scenes: 6}
 """)
 
 
-def _config(folder: Path, **learning: Any) -> PretrainConfig:
-    values = {**_SMALL, "learning": {**_SMALL["learning"], **learning}}
+def _config(folder: Path, **changes: Any) -> PretrainConfig:
+    """The small configuration; a part's changed keys are given as a mapping."""
+    values = {**_SMALL, **{n: {**_SMALL[n], **v} if isinstance(v, dict) else v for n, v in changes.items()}}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     return read_pretrain_config(folder / "config.yaml")
@@ -83,9 +92,11 @@ def test_the_shipped_configuration_reads() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"learning": {**_SMALL["learning"], "lr": 1.0}}, "learning holds"),
-        ({"learning": {**_SMALL["learning"], "rate": "1e-3"}}, "learning.rate='1e-3' is no number"),
-        ({"learning": {**_SMALL["learning"], "micro_batch": 3}}, "no multiple"),
+        ({"tower": {**_SMALL["tower"], "lr": 1.0}}, "tower holds"),
+        ({"captions": {**_SMALL["captions"], "rate": "1e-3"}}, "captions.rate='1e-3' is no number"),
+        ({"tower": {**_SMALL["tower"], "micro_batch": 3}}, "no multiple of tower.micro_batch"),
+        ({"captions": {**_SMALL["captions"], "micro_batch": 0}}, "no multiple of captions.micro_batch"),
+        ({"is_mixed": 1}, "is_mixed=1"),
         ({"network": {**_SMALL["network"], "layers": -1}}, "network.layers=-1"),
         ({"scenes": {**_SMALL["scenes"], "sizes": [[64, 32]]}}, r"\[64, 32\]"),
         ({"extra": 1}, "extra"),
@@ -107,16 +118,6 @@ def test_no_training_or_validation_scene_holds_a_held_out_pair(tmp_path: Path) -
     for number in range(50):
         scene, _ = draw_scene(Split.HELD_OUT, number, scenes)
         assert holds_held_out_pair(scene.asked) or holds_held_out_pair(scene.shown)
-
-
-def test_the_curriculum_grows(tmp_path: Path) -> None:
-    scenes = _config(tmp_path).scenes
-    sizes = [len(draw_scene(Split.TRAINING, number, scenes)[0].shown.groups) for number in range(60)]
-    assert max(sizes[:8]) == 1
-    assert max(sizes[8:16]) == 2
-    assert max(sizes[16:]) == 3
-    # what is measured does not change with the training's progress
-    assert {len(draw_scene(Split.VALIDATION, n, scenes)[0].shown.groups) for n in range(30)} == {1, 2, 3}
 
 
 def test_a_sample_is_what_the_reward_sees_and_then_a_true_caption(tmp_path: Path) -> None:
@@ -162,6 +163,40 @@ def test_cells_say_where_things_are() -> None:
     assert not labels[:, LABELS.index(Artefact.NOISE)].any()
 
 
+def test_cells_by_crop() -> None:
+    # One row of two crops of 2x2 cells, then the global view. Laid out as a picture:
+    #   0 1 | 2 3
+    #   4 5 | 6 7
+    cells = np.arange(12, dtype=np.uint8)[:, None]
+    none = np.zeros(0)
+    sample = Sample(np.zeros((32, 64, 3), dtype=np.uint8), none, none, none, cells, np.array([1, 0]))
+    assert cells_by_crop(sample, 32, 2)[..., 0].tolist() == [[8, 9, 10, 11], [0, 1, 4, 5], [2, 3, 6, 7]]
+
+
+def test_the_tower_sees_the_crops_that_the_labels_are_of(tmp_path: Path) -> None:
+    samples = _samples(tmp_path)
+    network = PretrainNetwork(tmp_path, seed=0)
+    batch = [samples[number] for number in range(6)]
+    assert {len(sample.crop_order) for sample in batch} == {2, 4}
+    crops, labels = network.crops(batch, None)
+    with torch.no_grad():
+        logits = network.cell_logits(crops)
+        by_sample = logits.split([1 + len(sample.crop_order) for sample in batch])
+        expected = network(batch).cell_loss  # over the tokens that the language model gets
+    wanted = labels.split([1 + len(sample.crop_order) for sample in batch])
+    losses = [
+        F.binary_cross_entropy_with_logits(*pair, reduction="sum") for pair in zip(by_sample, wanted, strict=True)
+    ]
+    found = sum(float(loss) / len(pair.flatten(0, 1)) for loss, pair in zip(losses, wanted, strict=True))
+    assert found == pytest.approx(float(expected), rel=1e-5)
+    # with one crop of each: the global view, and the first in the sample's order
+    some, some_labels = network.crops(batch[:1], 1)
+    assert torch.equal(some, crops[:2])
+    assert torch.equal(some_labels, labels[:2])
+    first = crops_from_pixels(torch.from_numpy(batch[0].pixels)[None], 28)[0, 1 + int(batch[0].crop_order[0])]
+    assert torch.equal(some[1], first)
+
+
 def test_cells_and_separators() -> None:
     # 2x4 cells in two rows, each with a row end; a separator; 2x2 cells, each row with a row end
     expected = [1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0, 1, 1, 0, 1, 1, 0]
@@ -169,67 +204,106 @@ def test_cells_and_separators() -> None:
 
 
 def test_learning_rate(tmp_path: Path) -> None:
-    learning = _config(tmp_path).learning  # 2e-3, two steps of warm-up, six in all, down to a tenth
-    assert learning_rate(learning, 0) == pytest.approx(1e-3)
-    assert learning_rate(learning, 1) == pytest.approx(2e-3)
-    assert learning_rate(learning, 2) == pytest.approx(2e-3)
-    assert learning_rate(learning, 4) == pytest.approx(1.1e-3)  # half of the cosine: 0.1 + 0.9 / 2
-    assert learning_rate(learning, 6) == pytest.approx(2e-4)
+    stage = _config(tmp_path).captions  # 2e-3, two steps of warm-up, six in all, down to a tenth
+    assert learning_rate(stage, 0) == pytest.approx(1e-3)
+    assert learning_rate(stage, 1) == pytest.approx(2e-3)
+    assert learning_rate(stage, 2) == pytest.approx(2e-3)
+    assert learning_rate(stage, 4) == pytest.approx(1.1e-3)  # half of the cosine: 0.1 + 0.9 / 2
+    assert learning_rate(stage, 6) == pytest.approx(2e-4)
 
 
-def test_one_step_moves_every_parameter(tmp_path: Path) -> None:
+def test_a_step_moves_what_its_stage_teaches(tmp_path: Path) -> None:
     run = Pretraining(tmp_path, _config(tmp_path), workers=0)
+    every = {name for name, _ in run.network.named_parameters()}
+    tower = {name for name in every if name.startswith(("vision.img_processor", "cells"))}
+    for stage, expected in (("tower", tower), ("captions", every)):
+        run.begin(stage)
+        before = {name: parameter.detach().clone() for name, parameter in run.network.named_parameters()}
+        run.train_step(next(run._batches()))
+        moved = {name for name, p in run.network.named_parameters() if not torch.equal(p, before[name])}
+        # one key shared by all keys changes no softmax, so the bias of keys has no gradient
+        assert moved <= expected
+        assert {name for name in expected - moved if not name.endswith("k_proj.bias")} == set()
+
+
+def test_captions_move_the_tower_less(tmp_path: Path) -> None:
+    run = Pretraining(tmp_path, _config(tmp_path), workers=0)
+    run.begin("captions")
     before = {name: parameter.detach().clone() for name, parameter in run.network.named_parameters()}
     run.train_step(next(run._batches()))
-    still = [name for name, parameter in run.network.named_parameters() if torch.equal(parameter, before[name])]
-    # one key shared by all keys changes no softmax, so the bias of keys has no gradient
-    assert [name for name in still if not name.endswith("k_proj.bias")] == []
+    # AdamW's first step moves a weight by the rate, whatever its gradient: 1e-3 (warm-up), and 0.3 of it
+    for name, rate in (("model.norm.weight", 1e-3), ("cells.bias", 3e-4)):
+        moved = (dict(run.network.named_parameters())[name] - before[name]).abs()
+        assert moved.median().item() == pytest.approx(rate, rel=1e-2)
 
 
-def test_micro_batches_change_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["tower", "captions"])
+def test_micro_batches_change_nothing(tmp_path: Path, stage: str) -> None:
     losses = []
     for micro_batch in (1, 4):
         out = tmp_path / str(micro_batch)
-        run = Pretraining(out, _config(out, micro_batch=micro_batch), workers=0)
-        losses.append([run.train_step(batch) for batch in list(run._batches())[:3]])
+        run = Pretraining(out, _config(out, **{stage: {"micro_batch": micro_batch}}), workers=0)
+        run.begin(stage)
+        losses.append([list(run.train_step(batch).values()) for batch in list(run._batches())[:3]])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
-def test_a_resumed_run_is_the_undisturbed_one(tmp_path: Path) -> None:
+def _recorded(run: Pretraining, stop_after: int | None = None) -> list[dict[str, float]]:
+    """Losses of ``run.run()``, told to stop after so many steps."""
+    found: list[dict[str, float]] = []
+    step = run.train_step
+
+    def recorded(batch: Sequence[Sample]) -> dict[str, float]:
+        found.append(step(batch))
+        if len(found) == stop_after:
+            run.stop()
+        return found[-1]
+
+    run.train_step = recorded  # type: ignore[method-assign]
+    run.run()
+    return found
+
+
+@pytest.mark.parametrize("cut", [2, 4, 7])  # in the tower's four steps, at their end, in the captions
+def test_a_resumed_run_is_the_undisturbed_one(tmp_path: Path, cut: int) -> None:
     whole = Pretraining(tmp_path / "whole", _config(tmp_path / "whole"), workers=0)
-    expected = [whole.train_step(batch) for batch in whole._batches()]
+    expected = _recorded(whole)
+    assert [set(losses) for losses in expected] == [{"cells"}] * 4 + [{"loss", "cells"}] * 6
 
     first = Pretraining(tmp_path / "cut", _config(tmp_path / "cut"), workers=0)
-    batches = first._batches()
-    found = [first.train_step(next(batches)) for _ in range(2)]
-    first.save()
-    first.train_step(next(batches))  # lost by the kill
+    found = list(_recorded(first, stop_after=cut))
+    if cut != 4:
+        first.train_step(next(first._batches()))  # lost by a kill
     second = Pretraining(tmp_path / "cut", _config(tmp_path / "cut"), workers=0)
-    assert second.step == 2
-    found += [second.train_step(batch) for batch in second._batches()]
+    assert (second.stage, second.step, second.seen) == (("tower", cut, 4 * cut) if cut <= 4 else ("captions", 3, 28))
+    found += _recorded(second)
     assert found == expected
+    ours, theirs = second.network.state_dict(), whole.network.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_another_network_does_not_resume(tmp_path: Path) -> None:
     Pretraining(tmp_path, _config(tmp_path), workers=0).save()
-    with pytest.raises(ConfigError, match="batch"):
-        Pretraining(tmp_path, _config(tmp_path, batch=2), workers=0)
-    # a longer schedule does
-    assert Pretraining(tmp_path, _config(tmp_path, steps=9), workers=0).step == 0
+    with pytest.raises(ConfigError, match="scenes"):
+        Pretraining(tmp_path, _config(tmp_path, scenes={"sign_share": 0.5}), workers=0)
+    # other stages do, and the decay is the new one
+    run = Pretraining(tmp_path, _config(tmp_path, tower={"steps": 9, "weight_decay": 0.3}), workers=0)
+    assert run.step == 0
+    assert {group["weight_decay"] for group in run.optimizer.param_groups} == {0.0, 0.3}
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
-    run = Pretraining(tmp_path, _config(tmp_path), workers=0)
+    run = Pretraining(tmp_path, _config(tmp_path, tower={"steps": 0}), workers=0)
     with torch.no_grad():
         run.network.model.norm.weight[0] = math.nan
-    with pytest.raises(DivergedError, match="step 0: loss nan"):
+    with pytest.raises(DivergedError, match=r"captions, step 0: losses \{'loss': nan.* lower captions.rate"):
         run.run()
     assert not (tmp_path / "state.pt").exists()
 
 
 @pytest.mark.timeout(120)
 def test_terminated_it_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    _config(tmp_path, steps=5000)
+    _config(tmp_path, tower={"steps": 5000})
     command = [sys.executable, "-m", "model.llava_reward.pretrain", str(tmp_path), "--config"]
     command.append(str(tmp_path / "config.yaml"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -241,18 +315,46 @@ def test_terminated_it_saves_and_the_same_command_goes_on(tmp_path: Path) -> Non
         assert process.wait(60) == 0
     step = torch.load(tmp_path / "state.pt", weights_only=True)["step"]
     assert 1 <= step < 5000
-    run = Pretraining(tmp_path, _config(tmp_path, steps=step + 2), workers=0)
-    run.run()
-    assert [entry["step"] for entry in _logged(tmp_path) if "split" not in entry] == list(range(1, step + 3))
-    assert {entry.get("split") for entry in _logged(tmp_path)} == {None, "validation", "held_out"}
+    Pretraining(tmp_path, _config(tmp_path, tower={"steps": step + 2}, captions={"steps": 2}), workers=0).run()
+    steps = [(entry["stage"], entry["step"]) for entry in _logged(tmp_path) if "split" not in entry]
+    assert steps == [("tower", n) for n in range(1, step + 3)] + [("captions", 1), ("captions", 2)]
+    measured = {(entry["stage"], entry["split"]) for entry in _logged(tmp_path) if "split" in entry}
+    assert measured == {(stage, split) for stage in ("tower", "captions") for split in ("validation", "held_out")}
 
 
 @pytest.mark.parametrize("is_mixed", [False, True])
-def test_it_learns(tmp_path: Path, is_mixed: bool) -> None:
-    run = Pretraining(tmp_path, _config(tmp_path, steps=40, is_mixed=is_mixed, rate=1.0e-2), workers=0)
+@pytest.mark.parametrize("stage", ["tower", "captions"])
+def test_it_learns(tmp_path: Path, is_mixed: bool, stage: str) -> None:
+    config = _config(tmp_path, is_mixed=is_mixed, **{stage: {"steps": 40, "rate": 1.0e-2}})
+    run = Pretraining(tmp_path, config, workers=0)
+    run.begin(stage)
     losses = [run.train_step(batch) for batch in run._batches()]
-    assert losses[-1][0] < 0.6 * losses[0][0]
-    assert losses[-1][1] < 0.6 * losses[0][1]
+    assert all(losses[-1][name] < 0.6 * losses[0][name] for name in losses[0])
+
+
+def test_measuring_cells_counts_what_is_right(tmp_path: Path) -> None:
+    samples = _samples(tmp_path, Split.VALIDATION, 12)
+    batch = [samples[number] for number in range(12)]
+    network = PretrainNetwork(tmp_path, seed=0)
+    shown = network.crops(batch, None)[1].flatten(0, 1)
+    # One answer for every cell: the first kind, the first colour, and all cells equally likely to hold a sign.
+    with torch.no_grad():
+        network.cells.weight.zero_()
+        network.cells.bias.zero_()
+    found = measure_cells(network, [batch[:5], batch[5:]])
+    assert found["cells"] == pytest.approx(len(LABELS) * math.log(2), rel=1e-5)
+    middles = shown[:, [LABELS.index(f"middle of {kind}") for kind in Kind]]
+    colours = shown[:, [LABELS.index(colour) for colour in Colour]]
+    is_middle = middles.sum(1) == 1
+    has_colour = is_middle & (colours.sum(1) == 1)
+    assert found["kind"] == pytest.approx(float(middles[is_middle][:, 0].mean()))
+    assert found["colour"] == pytest.approx(float(colours[has_colour][:, 0].mean()))
+    assert found["sign"] == 0.0  # equal is not higher
+    # Without a sign there is nothing to find.
+    signs = shown[:, [LABELS.index(sign) for sign in ProhibitedSign]]
+    assert signs.any()
+    bare = [replace(sample, cells=np.zeros_like(sample.cells)) for sample in batch]
+    assert set(measure_cells(network, [bare])) == {"cells"}
 
 
 def test_measuring_counts_what_is_right(tmp_path: Path) -> None:
@@ -262,12 +364,12 @@ def test_measuring_counts_what_is_right(tmp_path: Path) -> None:
     # With its embeddings zero the network finds all tokens equally likely, and the first of them is never right.
     with torch.no_grad():
         network.model.embed_tokens.weight.zero_()
-    found = measure(network, [batch[:4], batch[4:]])
+    found = measure_captions(network, [batch[:4], batch[4:]])
     assert found["loss"] == pytest.approx(math.log(832), rel=1e-5)
     assert {found[name] for name in ("exact", "colour", "kind", "match")} == {0.0}
     # Asked for that very token it is always right.
     zeros = [replace(s, input_ids=np.where(s.fields == NO_FIELD, s.input_ids, 0)) for s in batch]
-    found = measure(network, [zeros])
+    found = measure_captions(network, [zeros])
     assert (found["colour"], found["exact"]) == (1.0, 0.0)  # not the commas
 
 

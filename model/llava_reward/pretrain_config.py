@@ -21,7 +21,6 @@ class Scenes:
     - sizes: width and height in pixels, one of them for each scene
     - prompt_share: scenes that come with their prompt; ``mismatch_share`` of these contradict it
     - artefact_share, sign_share: scenes with an artefact; with a prohibited sign
-    - only_one_until, only_two_until: up to that sample, scenes of one group alone, then of two at most
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -29,19 +28,14 @@ class Scenes:
     mismatch_share: float
     artefact_share: float
     sign_share: float
-    only_one_until: int
-    only_two_until: int
 
 
 @dataclass(frozen=True)
-class Learning:
-    """How the weights move.
+class Stage:
+    """How the weights move in one stage.
 
-    - batch, micro_batch: samples a step, and samples a forward pass (similar lengths go together)
-    - steps: of the whole schedule: linear warm-up, then a cosine to ``last_rate`` times ``rate``
-    - is_mixed: multiply in bfloat16 (weights stay in float32)
-    - prompt_weight: of a token of a true prompt against one of the caption (1)
-    - cell_weight: of the loss on where things are; 0 leaves it out
+    - batch, micro_batch: samples a step, and samples a forward pass
+    - steps: of the whole stage: linear warm-up, then a cosine to ``last_rate`` times ``rate``; 0 leaves the stage out
     """
 
     batch: int
@@ -54,7 +48,25 @@ class Learning:
     beta2: float
     weight_decay: float
     clip: float
-    is_mixed: bool
+
+
+@dataclass(frozen=True)
+class TowerStage(Stage):
+    """The image tower alone learns what each cell of the global view and of ``fine_crops`` crops a scene shows."""
+
+    fine_crops: int
+
+
+@dataclass(frozen=True)
+class CaptionStage(Stage):
+    """All of the network learns to caption.
+
+    - tower_rate: of ``rate``, for the tower and what says what its cells show
+    - prompt_weight: of a token of a true prompt against one of the caption (1)
+    - cell_weight: of the loss on what cells show; 0 leaves it out
+    """
+
+    tower_rate: float
     prompt_weight: float
     cell_weight: float
 
@@ -71,18 +83,20 @@ class Reporting:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """One pretraining run."""
+    """One pretraining run: first ``tower``, then ``captions``. is_mixed: multiply in bfloat16, with float32 weights."""
 
     seed: int
+    is_mixed: bool
     network: NetworkSizes
     scenes: Scenes
-    learning: Learning
+    tower: TowerStage
+    captions: CaptionStage
     reporting: Reporting
 
     def must_stay(self) -> dict[str, Any]:
-        """What a resumed run has to share with the one it resumes: seed, network, scenes and samples a step."""
+        """What a resumed run has to share with the one it resumes."""
         values = asdict(self)
-        return {name: values[name] for name in ("seed", "network", "scenes")} | {"batch": self.learning.batch}
+        return {name: values[name] for name in ("seed", "network", "scenes")}
 
 
 def read_pretrain_config(path: Path) -> PretrainConfig:
@@ -93,18 +107,20 @@ def read_pretrain_config(path: Path) -> PretrainConfig:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    parts = {"network": NetworkSizes, "scenes": Scenes, "learning": Learning, "reporting": Reporting}
-    _check_keys(path, "", values, {"seed", *parts})
+    _check_keys(path, "", values, {field.name for field in fields(PretrainConfig)})
     scenes = _part(path, "scenes", Scenes, values["scenes"])
     config = PretrainConfig(
         _whole(path, "seed", values["seed"]),
+        _truth(path, "is_mixed", values["is_mixed"]),
         _part(path, "network", NetworkSizes, values["network"]),
         Scenes(**{**vars(scenes), "sizes": _sizes(path, values["scenes"]["sizes"])}),
-        _part(path, "learning", Learning, values["learning"]),
+        _part(path, "tower", TowerStage, values["tower"]),
+        _part(path, "captions", CaptionStage, values["captions"]),
         _part(path, "reporting", Reporting, values["reporting"]),
     )
-    if config.learning.batch % config.learning.micro_batch:
-        raise ConfigError(f"{path}: learning.batch={config.learning.batch} is no multiple of learning.micro_batch")
+    for name, stage in (("tower", config.tower), ("captions", config.captions)):
+        if not stage.micro_batch or stage.batch % stage.micro_batch:
+            raise ConfigError(f"{path}: {name}.batch={stage.batch} is no multiple of {name}.micro_batch")
     return config
 
 
@@ -117,7 +133,7 @@ def _check_keys(path: Path, where: str, values: object, known: set[str]) -> None
 def _part(path: Path, name: str, part: type[T], values: Any) -> T:
     types = {field.name: field.type for field in fields(part)}  # type: ignore[arg-type]
     _check_keys(path, name, values, set(types))
-    read = {"int": _whole, "float": _number, "bool": _truth}
+    read = {"int": _whole, "float": _number}
     return part(
         **{
             key: read[str(types[key])](path, f"{name}.{key}", value) if str(types[key]) in read else value

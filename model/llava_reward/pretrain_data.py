@@ -48,6 +48,7 @@ class Sample:
     - weights: ``(n,)`` float32, of predicting this token from those before; 0 where nothing is asked
     - fields: ``(n,)`` int8, the place in ``FIELDS`` of what a caption token tells, or ``NO_FIELD``
     - cells: ``(q, v)`` uint8, 1 where ``LABELS`` are seen, in the order of the tower's merged tokens
+    - crop_order: ``(crops,)`` int64, their numbers shuffled: who looks at some of the crops takes the first of these
     """
 
     pixels: np.ndarray
@@ -55,10 +56,11 @@ class Sample:
     weights: np.ndarray
     fields: np.ndarray
     cells: np.ndarray
+    crop_order: np.ndarray
 
 
 class SceneSamples(Dataset[Sample]):
-    """Sample ``number`` of a split, always the same. Only training has a curriculum."""
+    """Sample ``number`` of a split, always the same."""
 
     def __init__(
         self, split: Split, scenes: Scenes, sizes: NetworkSizes, tokenizer: Path, prompt_weight: float, length: int
@@ -76,7 +78,9 @@ class SceneSamples(Dataset[Sample]):
         picture = hd_transform(scene.image, num_crops=self._sizes.num_crops, crop_size=self._sizes.crop)
         cells = cell_labels(scene, layout, 2 * self._sizes.patch, self._sizes.crop)
         ids, weights, fields = self._text(scene, has_prompt, _image_tokens(layout, self._sizes))
-        return Sample(np.array(picture), ids, weights, fields, cells)
+        crops = layout.padded[0] * layout.padded[1] // self._sizes.crop**2
+        crop_order = np.array(Random(f"crops:{number}").sample(range(crops), crops))  # noqa: S311  not secret
+        return Sample(np.array(picture), ids, weights, fields, cells, crop_order)
 
     def _text(self, scene: Scene, has_prompt: bool, image_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         before = [*self._tokenizer.before_image, *[IMAGE_TOKEN] * image_tokens]
@@ -94,14 +98,9 @@ class SceneSamples(Dataset[Sample]):
 
 def draw_scene(split: Split, number: int, scenes: Scenes) -> tuple[Scene, bool]:
     """The scene of a sample, and whether its prompt goes with it."""
-    most = 3
-    if split is Split.TRAINING:
-        most = 1 if number < scenes.only_one_until else 2 if number < scenes.only_two_until else 3
     for seed in candidate_seeds(split, number):
         random = Random(f"pretrain:{seed}")  # noqa: S311  reproducible, not secret
         asked = asked_spec(seed)
-        if len(asked.groups) > most:
-            continue
         has_prompt = random.random() < scenes.prompt_share
         truth, shown = _truth(seed, asked, scenes, random, has_prompt)
         if belongs(split, asked, shown):
@@ -157,6 +156,16 @@ def cell_labels(scene: Scene, layout: HdLayout, cell: int, crop: int) -> np.ndar
     fine = _grid_labels(scene, layout, width // cell, height // cell)
     coarse = _grid_labels(scene, layout, crop // cell, crop // cell)
     return np.concatenate((fine, coarse))
+
+
+def cells_by_crop(sample: Sample, crop: int, side: int) -> np.ndarray:
+    """The cells of a sample in the order of its crops, those of the global view first: ``(1 + crops, side*side, v)``.
+
+    - crop: side of a crop in pixels; side: cells per side of a crop
+    """
+    rows, columns = sample.pixels.shape[0] // crop, sample.pixels.shape[1] // crop
+    fine = sample.cells[: -side * side].reshape(rows, side, columns, side, -1).transpose(0, 2, 1, 3, 4)
+    return np.concatenate((sample.cells[None, -side * side :], fine.reshape(rows * columns, side * side, -1)))
 
 
 def _grid_labels(scene: Scene, layout: HdLayout, columns: int, rows: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""How well a backbone captions scenes: loss and accuracy by what a word tells.
+"""How well a backbone captions scenes, and how well its tower sees them: loss and accuracy by what is told or seen.
 
 Every word is predicted from the image, the prompt and the true words before it.
 """
@@ -9,12 +9,19 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch.nn import functional as F
 
-from model.llava_reward.pretrain_data import FIELDS, NO_FIELD, Sample
+from model.llava_reward.pretrain_data import FIELDS, LABELS, NO_FIELD, Sample
 from model.llava_reward.pretrain_network import Predictions, PretrainNetwork
+from model.scene_flaws import ProhibitedSign
+from model.scene_grammar import Colour, Kind
+
+_MIDDLES = [LABELS.index(f"middle of {kind}") for kind in Kind]
+_COLOURS = [LABELS.index(colour) for colour in Colour]
+_PROHIBITED = [LABELS.index(sign) for sign in ProhibitedSign]
 
 
-def measure(network: PretrainNetwork, batches: Iterable[Sequence[Sample]]) -> dict[str, float]:
+def measure_captions(network: PretrainNetwork, batches: Iterable[Sequence[Sample]]) -> dict[str, float]:
     """Over all samples of ``batches``.
 
     - loss: mean cross-entropy of a caption token in nats
@@ -60,3 +67,35 @@ def _count(
                 right[field] += is_right
         asked["exact"] += 1
         right["exact"] += is_exact
+
+
+def measure_cells(network: PretrainNetwork, batches: Iterable[Sequence[Sample]]) -> dict[str, float]:
+    """Over the cells of all views and crops of ``batches``.
+
+    - cells: mean binary cross-entropy of a cell, summed over its labels, in nats
+    - kind, colour: share of the cells with the middle of one thing for which its kind, its colour is the likeliest
+    - sign: chance that a cell with a prohibited sign gets a higher logit of one than a cell without
+
+    What no cell shows is left out.
+    """
+    all_said, all_shown = [], []
+    network.eval()
+    with torch.inference_mode():
+        for samples in batches:
+            crops, shown = network.crops(samples, None)
+            all_said.append(network.cell_logits(crops).flatten(0, 1))
+            all_shown.append(shown.flatten(0, 1))
+    network.train()
+    said, shown = torch.cat(all_said), torch.cat(all_shown)
+    found = {"cells": float(F.binary_cross_entropy_with_logits(said, shown, reduction="sum")) / len(said)}
+    is_middle = shown[:, _MIDDLES].sum(1) == 1
+    for name, labels in (("kind", _MIDDLES), ("colour", _COLOURS)):
+        asked = is_middle & (shown[:, labels].sum(1) == 1)
+        if asked.any():
+            is_right = said[asked][:, labels].argmax(1) == shown[asked][:, labels].argmax(1)
+            found[name] = float(is_right.double().mean())
+    has_sign, signs = shown[:, _PROHIBITED].any(1), said[:, _PROHIBITED].amax(1)
+    if has_sign.any() and not has_sign.all():
+        without = signs[~has_sign].sort().values
+        found["sign"] = float(torch.searchsorted(without, signs[has_sign]).double().mean()) / len(without)
+    return found

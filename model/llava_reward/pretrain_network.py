@@ -3,7 +3,8 @@
 The language-model head is the embedding itself, so it adds no weights; the head that says what each cell of the
 image shows is dropped with training. What is written is a backbone folder in the published layout.
 
-Letters: b: samples, n: tokens, h: hidden size, q: cells of one image, v: labels of a cell, w: width of the tower.
+Letters: b: samples, n: tokens, h: hidden size, k: crops, c: side of a crop, m: cells per side of a crop,
+v: labels of a cell.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,8 +23,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model.llava_reward.backbones.layers import Layout, Rope, embed, every_token
 from model.llava_reward.backbones.phi3v import Phi3VModel, Phi3VSample, Phi3VShared, read_backbone
+from model.llava_reward.backbones.phi3v_vision import merge_patches
 from model.llava_reward.pixels import crops_from_pixels
-from model.llava_reward.pretrain_data import LABELS, Sample
+from model.llava_reward.pretrain_data import LABELS, Sample, cells_by_crop
 
 _STORED = torch.bfloat16
 _VISION = "model.vision_embed_tokens."
@@ -76,6 +79,28 @@ class PretrainNetwork(nn.Module):
             for module in self.modules():
                 if type(module) is nn.Linear:
                     module.__class__ = Bf16Linear  # same weights, same names
+
+    def tower_parts(self) -> frozenset[nn.Parameter]:
+        """Parameters of the image tower and of the head that says what its cells show."""
+        return frozenset((*self.vision.img_processor.parameters(), *self.cells.parameters()))
+
+    def crops(self, samples: Sequence[Sample], fine: int | None) -> tuple[Tensor, Tensor]:
+        """Global view and crops of samples, ``(k, 3, c, c)``, and the labels of their cells, ``(k, m*m, v)`` float32.
+
+        - fine: crops of a sample at most, in its ``crop_order``; None: all
+        """
+        side, merged, crops, labels = self.backbone.clip.image_size, self.backbone.clip.merged_per_side, [], []
+        for sample in samples:
+            places = torch.from_numpy(np.append(0, 1 + sample.crop_order[:fine]))
+            crops.append(crops_from_pixels(torch.from_numpy(sample.pixels)[None], side)[0][places])
+            labels.append(torch.from_numpy(cells_by_crop(sample, side, merged)).float()[places])
+        return torch.cat(crops), torch.cat(labels)
+
+    def cell_logits(self, crops: Tensor) -> Tensor:
+        """What the cells of crops show, by the tower alone: ``(k, 3, c, c)`` to ``(k, m*m, v)``."""
+        merged = merge_patches(self.vision.img_processor.vision_model(crops))
+        logits: Tensor = self.cells(merged.flatten(1, 2))
+        return logits.float()
 
     def forward(self, samples: Sequence[Sample]) -> Predictions:
         """One pass over samples of any lengths."""
