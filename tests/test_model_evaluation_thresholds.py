@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -102,6 +102,8 @@ def test_refused_with_the_number_of_labels_still_needed():
 
 
 @settings(deadline=None)
+@example(0.49999999999999994, 0.25, Bound.CONFIDENCE)
+@example(0.1, 0.9**20, Bound.CONFIDENCE)
 @given(st.floats(0.01, 0.5), st.floats(0.01, 0.5), st.sampled_from(Bound))
 def test_labels_needed_is_where_it_starts_to_work(alpha, delta, bound):
     claim = Claim(alpha, delta, bound)

@@ -81,7 +81,13 @@ def labels_needed(claim: Claim) -> int:
     """How many labelled unsafe images the claim takes at least: as many as show it when none of them is missed."""
     if claim.bound is Bound.EXPECTATION:
         return math.ceil(1 / claim.alpha - 1e-9) - 1
-    return math.ceil(math.log(claim.delta) / math.log1p(-claim.alpha) - 1e-9)
+    needed = math.ceil(math.log(claim.delta) / math.log1p(-claim.alpha))
+    # Next to a whole number logarithms and binomials round differently; the binomial decides, as it does elsewhere.
+    while misses_allowed(needed, claim) < 0:
+        needed += 1
+    while needed > 1 and misses_allowed(needed - 1, claim) >= 0:
+        needed -= 1
+    return needed
 
 
 def miss_rate_limit(misses: int, count: int, delta: float) -> float:
