@@ -13,9 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import settings
 
 from jobs.local_processes import free_port
 from jobs.local_stack import LocalStack
+
+settings.load_profile("ci")  # the same examples in every run: a failure is one of this code, not of this day
 
 REQUIRE_CEPH = "ASSAY_REQUIRE_CEPH"  # set by .ci/run: a missing radosgw is then a failure
 
