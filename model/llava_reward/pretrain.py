@@ -1,6 +1,6 @@
 """Teaches a small phi3v to caption drawn scenes: ``python -m model.llava_reward.pretrain OUT [--config FILE]``.
 
-First its image tower alone learns what each cell of a scene shows, then all of it learns to caption.
+First its image tower alone learns what each cell of a scene shows, then all the rest learns to caption.
 
     OUT/backbone/     config.json, clip_tower.json, tokenizer.json, model.safetensors (bfloat16): the published layout
     OUT/state.pt      weights, optimizer, stage and step, from which the same command goes on
@@ -134,11 +134,11 @@ class Pretraining:
                 self.save()
                 saved = time.monotonic()
 
-    def train_step(self, batch: Sequence[Sample]) -> dict[str, float]:
+    def train_step(self, batch: Sequence[Any]) -> dict[str, float]:
         """One step of the optimizer; the batch's mean losses, by name."""
         stage = self.objective.stage
         for group in self.optimizer.param_groups:
-            group["lr"] = group["share"] * learning_rate(stage, self.step)
+            group["lr"] = learning_rate(stage, self.step)
         means: dict[str, float] = {}
         for losses in self.objective.losses(batch):
             losses.total.backward()  # type: ignore[no-untyped-call]
@@ -164,17 +164,26 @@ class Pretraining:
             length,
         )
 
-    def _batches(self) -> Iterator[list[Sample]]:
+    def _batches(self) -> Iterator[list[Any]]:
         """The batches that are left of the stage. Sample n of the run is sample n of the split, resumed or not."""
         stage = self.objective.stage
         end = self.seen + (stage.steps - self.step) * stage.batch
-        yield from _load(Subset(self._samples(Split.TRAINING, end), range(self.seen, end)), stage.batch, self._workers)
+        yield from self._load(Subset(self._samples(Split.TRAINING, end), range(self.seen, end)), stage.batch)
+
+    def _load(self, samples: SceneSamples | Subset[Sample], batch: int) -> DataLoader[Any]:
+        return DataLoader(
+            samples,
+            batch,
+            num_workers=self._workers,
+            collate_fn=self.objective.prepared,
+            prefetch_factor=8 if self._workers else None,
+        )
 
     def validate(self) -> None:
         """Measure on scenes of new seeds, and on scenes with held-out combinations."""
         for split in (Split.VALIDATION, Split.HELD_OUT):
             samples = self._samples(split, self.config.reporting.scenes)
-            found = self.objective.measure(_load(samples, self.objective.stage.micro_batch, self._workers))
+            found = self.objective.measure(self._load(samples, self.objective.stage.micro_batch))
             self._log(split=split.value, **found)
 
     def _log(self, **values: Any) -> None:
@@ -184,11 +193,6 @@ class Pretraining:
         print(line, flush=True)
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-
-
-def _load(samples: SceneSamples | Subset[Sample], batch: int, workers: int) -> DataLoader[Any]:
-    # Samples differ in length, so a batch stays a list.
-    return DataLoader(samples, batch, num_workers=workers, collate_fn=list, prefetch_factor=8 if workers else None)
 
 
 def main() -> None:

@@ -59,16 +59,9 @@ class TowerStage(Stage):
 
 @dataclass(frozen=True)
 class CaptionStage(Stage):
-    """All of the network learns to caption.
+    """All but the tower learns to caption. prompt_weight: of a token of a true prompt; one of the caption has 1."""
 
-    - tower_rate: of ``rate``, for the tower and what says what its cells show
-    - prompt_weight: of a token of a true prompt against one of the caption (1)
-    - cell_weight: of the loss on what cells show; 0 leaves it out
-    """
-
-    tower_rate: float
     prompt_weight: float
-    cell_weight: float
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from model.llava_reward.pretrain_data import FIELDS, LABELS, NO_FIELD, Sample
-from model.llava_reward.pretrain_network import Predictions, PretrainNetwork
+from model.llava_reward.pretrain_network import Predictions, PretrainNetwork, SeenSample
 from model.scene_flaws import ProhibitedSign
 from model.scene_grammar import Colour, Kind
 
@@ -21,26 +21,22 @@ _COLOURS = [LABELS.index(colour) for colour in Colour]
 _PROHIBITED = [LABELS.index(sign) for sign in ProhibitedSign]
 
 
-def measure_captions(network: PretrainNetwork, batches: Iterable[Sequence[Sample]]) -> dict[str, float]:
+def measure_captions(network: PretrainNetwork, batches: Iterable[Sequence[SeenSample]]) -> dict[str, float]:
     """Over all samples of ``batches``.
 
     - loss: mean cross-entropy of a caption token in nats
-    - cells: mean binary cross-entropy of a cell, summed over its labels, in nats
     - exact: share of captions of which every token is the likeliest one
     - one of each ``Field``: share of its tokens that are the likeliest
     """
     right: Counter[str] = Counter()
     asked: Counter[str] = Counter()
-    sums = {"loss": 0.0, "cells": 0.0}
+    sums = {"loss": 0.0}
     network.eval()
     with torch.inference_mode():
-        for samples in batches:
-            said = network(samples)
-            sums["cells"] += float(said.cell_loss)
-            asked["cells"] += len(samples)
-            _count(samples, said, right, asked, sums)
+        for seen in batches:
+            _count([one.sample for one in seen], network(seen), right, asked, sums)
     network.train()
-    return {name: sums[name] / asked[name] for name in ("loss", "cells")} | {
+    return {"loss": sums["loss"] / asked["loss"]} | {
         name: right[name] / asked[name] for name in ("exact", *FIELDS) if asked[name]
     }
 

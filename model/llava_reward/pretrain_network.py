@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from model.llava_reward.backbones.layers import Layout, Rope, embed, every_token
-from model.llava_reward.backbones.phi3v import Phi3VModel, Phi3VSample, Phi3VShared, read_backbone
+from model.llava_reward.backbones.phi3v import Phi3VModel, read_backbone
 from model.llava_reward.backbones.phi3v_vision import merge_patches
+from model.llava_reward.backbones.pictures import Pictures
 from model.llava_reward.pixels import crops_from_pixels
 from model.llava_reward.pretrain_data import LABELS, Sample, cells_by_crop
 
@@ -32,19 +33,25 @@ _VISION = "model.vision_embed_tokens."
 
 
 @dataclass(frozen=True)
+class SeenSample:
+    """A sample whose image the tower has seen: ``cells`` is ``(k, m, m, 4w)``, w the width of the tower."""
+
+    sample: Sample
+    cells: Tensor
+
+
+@dataclass(frozen=True)
 class Predictions:
     """What a batch was asked and what the network said.
 
     - losses: ``(asked,)`` cross-entropy of each asked token, in nats; guesses: ``(asked,)`` the likeliest ids
     - asked: ``(b, n)`` bool, the tokens that were asked; weights: ``(asked,)``
-    - cell_loss: scalar, summed over labels, averaged over cells, summed over samples
     """
 
     losses: Tensor
     guesses: Tensor
     asked: Tensor
     weights: Tensor
-    cell_loss: Tensor
 
 
 class Bf16Linear(nn.Linear):
@@ -102,11 +109,22 @@ class PretrainNetwork(nn.Module):
         logits: Tensor = self.cells(merged.flatten(1, 2))
         return logits.float()
 
-    def forward(self, samples: Sequence[Sample]) -> Predictions:
-        """One pass over samples of any lengths."""
-        shared = self._share(samples)
+    @torch.no_grad()
+    def see(self, samples: Sequence[Sample]) -> list[SeenSample]:
+        """The tower, without gradients."""
+        side = self.backbone.clip.image_size
+        crops = [crops_from_pixels(torch.from_numpy(sample.pixels)[None], side)[0] for sample in samples]
+        return [SeenSample(*pair) for pair in zip(samples, self.vision.see(crops), strict=True)]
+
+    def forward(self, seen: Sequence[SeenSample]) -> Predictions:
+        """One pass of all but the tower, over samples of any lengths."""
+        samples, side = [one.sample for one in seen], self.backbone.clip.image_size
+        grids = [(sample.pixels.shape[0] // side, sample.pixels.shape[1] // side) for sample in samples]
+        merged = [self.vision.assemble(one.cells, grid) for one, grid in zip(seen, grids, strict=True)]
+        ids = [torch.from_numpy(sample.input_ids) for sample in samples]
+        shared = self.backbone.after_tower(merged, Pictures.of(seen), ids)
         image_tokens = self.backbone.project(self.model, shared)
-        [(run, rope)] = shared.runs  # no two samples hold the same tensor, so none are joined
+        [(run, rope)] = shared.runs  # no two samples show the same picture, so none are joined
         embedded = embed(self.model.embed_tokens, run.input_ids, torch.cat(list(image_tokens)))
         hidden = _all_positions(self.model, embedded, rope, run.layout)
         weights = pad_sequence([torch.from_numpy(s.weights) for s in samples], batch_first=True)
@@ -114,27 +132,7 @@ class PretrainNetwork(nn.Module):
         # The state before a token predicts it.
         said = hidden[:, :-1][asked[:, 1:]] @ self.model.embed_tokens.weight.T
         losses = F.cross_entropy(said.float(), run.input_ids[asked], reduction="none")
-        return Predictions(losses, said.argmax(-1), asked, weights[asked], self._cell_loss(shared, samples))
-
-    def _share(self, samples: Sequence[Sample]) -> Phi3VShared:
-        batch = []
-        for sample in samples:
-            pixels, side = torch.from_numpy(sample.pixels), self.backbone.clip.image_size
-            grid = (pixels.shape[0] // side, pixels.shape[1] // side)
-            batch.append(
-                Phi3VSample(torch.from_numpy(sample.input_ids), crops_from_pixels(pixels[None], side)[0], grid)
-            )
-        return self.backbone.share(self.vision, batch)
-
-    def _cell_loss(self, shared: Phi3VShared, samples: Sequence[Sample]) -> Tensor:
-        side = self.backbone.clip.merged_per_side
-        losses = []
-        for merged, sample in zip(shared.merged, samples, strict=True):
-            columns = sample.pixels.shape[1] // self.backbone.clip.image_size * side
-            wanted = torch.from_numpy(sample.cells).float()
-            said = self.cells(merged[is_cell(len(wanted) - side * side, columns, side)])
-            losses.append(F.binary_cross_entropy_with_logits(said.float(), wanted, reduction="sum") / len(wanted))
-        return torch.stack(losses).sum()
+        return Predictions(losses, said.argmax(-1), asked, weights[asked])
 
     def write(self, folder: Path) -> None:
         """The trained backbone in bfloat16 beside its configuration files, whole or not at all."""
@@ -144,17 +142,6 @@ class PretrainNetwork(nn.Module):
         partial = folder / "model.safetensors.partial"
         save_file(stored, partial, metadata={"format": "pt"})
         partial.replace(folder / "model.safetensors")
-
-
-def is_cell(fine: int, columns: int, side: int) -> Tensor:
-    """Which merged tokens are cells, the others being separators: ``(tokens of one picture,)`` bool.
-
-    - fine: cells of the crops; columns: of them in a row; side: cells per side of the global view
-    """
-    rows = torch.ones(fine // columns, columns + 1, dtype=torch.bool)
-    whole = torch.ones(side, side + 1, dtype=torch.bool)
-    rows[:, -1] = whole[:, -1] = False
-    return torch.cat((rows.flatten(), torch.tensor([False]), whole.flatten()))
 
 
 def _all_positions(model: Phi3VModel, hidden: Tensor, rope: Rope, layout: Layout) -> Tensor:

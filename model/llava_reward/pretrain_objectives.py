@@ -1,14 +1,14 @@
 """The two objectives of pretraining, one after the other: what the tower's cells show, then captions.
 
-Each says which weights move and how fast, what a batch loses, and how well the network does on other scenes.
-Losses come a micro-batch at a time and add up to the means of the batch.
+Each says which weights move, what a batch loses, and how well the network does on other scenes. Losses come a
+micro-batch at a time and add up to the means of the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,10 @@ from torch.nn import functional as F
 from model.llava_reward.pretrain_config import CaptionStage, Stage, TowerStage
 from model.llava_reward.pretrain_data import Sample
 from model.llava_reward.pretrain_measure import measure_captions, measure_cells
-from model.llava_reward.pretrain_network import PretrainNetwork
+from model.llava_reward.pretrain_network import PretrainNetwork, SeenSample
 from model.llava_reward.training.schedule import learning_rate_factor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,19 @@ class Objective(Protocol):
     @property
     def stage(self) -> Stage: ...
 
-    def rates(self) -> dict[nn.Parameter, float]:
-        """The parameters that move, each with its share of the stage's rate."""
+    def moved(self) -> frozenset[nn.Parameter]:
+        """The parameters that move."""
         ...
 
-    def losses(self, batch: Sequence[Sample]) -> Iterator[Losses]:
+    def prepared(self, batch: Sequence[Sample]) -> list[Any]:
+        """What no gradient goes through, done where the samples are drawn: in another process if there is one."""
+        ...
+
+    def losses(self, batch: Sequence[Any]) -> Iterator[Losses]:
         """One micro-batch after another; each is computed when it is asked for, so that one graph lives at a time."""
         ...
 
-    def measure(self, batches: Iterable[Sequence[Sample]]) -> dict[str, float]:
+    def measure(self, batches: Iterable[Sequence[Any]]) -> dict[str, float]:
         """How well the network does over all of ``batches``."""
         ...
 
@@ -54,8 +60,11 @@ class SeeingCells:
     def __init__(self, network: PretrainNetwork, stage: TowerStage) -> None:
         self.network, self.stage = network, stage
 
-    def rates(self) -> dict[nn.Parameter, float]:
-        return dict.fromkeys(self.network.tower_parts(), 1.0)
+    def moved(self) -> frozenset[nn.Parameter]:
+        return self.network.tower_parts()
+
+    def prepared(self, batch: Sequence[Sample]) -> list[Sample]:
+        return list(batch)
 
     def losses(self, batch: Sequence[Sample]) -> Iterator[Losses]:
         total = sum(1 + min(self.stage.fine_crops, len(sample.crop_order)) for sample in batch)
@@ -70,40 +79,44 @@ class SeeingCells:
 
 
 class Captioning:
-    """All of the network says the caption, and the tower goes on saying what its cells show."""
+    """All but the tower learns to say the caption.
+
+    The tower stays as it is, as it does in every published reward recipe, and so runs where the samples are drawn.
+    """
 
     def __init__(self, network: PretrainNetwork, stage: CaptionStage) -> None:
         self.network, self.stage = network, stage
 
-    def rates(self) -> dict[nn.Parameter, float]:
-        tower = self.network.tower_parts()
-        return {p: self.stage.tower_rate if p in tower else 1.0 for p in self.network.parameters()}
+    def moved(self) -> frozenset[nn.Parameter]:
+        return frozenset(self.network.parameters()) - self.network.tower_parts()
 
-    def losses(self, batch: Sequence[Sample]) -> Iterator[Losses]:
+    def prepared(self, batch: Sequence[Sample]) -> list[SeenSample]:
+        return self.network.see(batch)
+
+    def losses(self, batch: Sequence[SeenSample]) -> Iterator[Losses]:
         # Texts of similar length go together, so that little is padding; the sums below do not depend on it.
-        ordered = sorted(batch, key=lambda sample: len(sample.input_ids))
-        total = float(sum(sample.weights.sum() for sample in batch))
+        ordered = sorted(batch, key=lambda seen: len(seen.sample.input_ids))
+        total = float(sum(seen.sample.weights.sum() for seen in batch))
         for part in _parts(ordered, self.stage.micro_batch):
             said = self.network(part)
             text: Tensor = (said.losses * said.weights).sum() / total
-            cells: Tensor = said.cell_loss / len(batch)
-            yield Losses(text + self.stage.cell_weight * cells, {"loss": text, "cells": cells})
+            yield Losses(text, {"loss": text})
 
-    def measure(self, batches: Iterable[Sequence[Sample]]) -> dict[str, float]:
+    def measure(self, batches: Iterable[Sequence[SeenSample]]) -> dict[str, float]:
         return measure_captions(self.network, batches)
 
 
 def build_optimizer(network: nn.Module, objective: Objective) -> torch.optim.AdamW:
-    """Matrices decay towards zero; biases, norms, embeddings and separators do not. Groups hold their rate's share."""
-    stage, rates = objective.stage, objective.rates()
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    """Of what the objective moves. Matrices decay towards zero; biases, norms, embeddings and separators do not."""
+    stage, moved = objective.stage, objective.moved()
+    groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
-        if parameter in rates:
+        if parameter in moved:
             is_matrix = parameter.dim() >= 2 and not name.endswith(("_GN", "embedding.weight", "embed_tokens.weight"))
             decay = stage.weight_decay if is_matrix else 0.0
-            groups.setdefault((rates[parameter], decay), []).append(parameter)
+            groups.setdefault(decay, []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": held, "share": share, "weight_decay": decay} for (share, decay), held in groups.items()],
+        [{"params": held, "weight_decay": decay} for decay, held in groups.items()],
         lr=stage.rate,
         betas=(stage.beta1, stage.beta2),
         fused=True,
@@ -115,5 +128,5 @@ def learning_rate(stage: Stage, step: int) -> float:
     return stage.rate * learning_rate_factor(step, stage.steps, stage.warmup, stage.last_rate)
 
 
-def _parts(batch: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
+def _parts(batch: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (batch[start : start + size] for start in range(0, len(batch), size))

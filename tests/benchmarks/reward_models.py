@@ -181,7 +181,7 @@ def _towered(built: Built, sample: Phi3VSample, steps: Collection[str]) -> Phi3V
     encoder, real = built.network.vision, len(sample.crops)
     empty = 0 if "skip zero crops" in steps else SLOTS - real
     features = encoder.img_processor.vision_model(F.pad(sample.crops, (0, 0, 0, 0, 0, 0, 0, empty)))[:real]
-    merged = encoder._assemble(merge_patches(features), sample.grid)
+    merged = encoder.assemble(merge_patches(features), sample.grid)
     pictures = Pictures.of([merged])
     (run,) = runs_of([sample.input_ids], pictures)
     rope = rope_tables(run.lengths, run.positions, built.scale.config.rope)

@@ -200,14 +200,15 @@ class Phi3VBackbone(Backbone[Phi3VSample, Phi3VShared]):
         pictures = Pictures.of([item.crops for item in batch])
         shown = pictures.once(batch)
         merged = vision([item.crops for item in shown], [item.grid for item in shown])
-        return self._shared(merged, pictures, [item.input_ids for item in batch])
+        return self.after_tower(merged, pictures, [item.input_ids for item in batch])
 
     def join(self, parts: Sequence[Phi3VShared]) -> Phi3VShared:
         pictures = Pictures.joined([part.pictures for part in parts])
         merged = [one for part in parts for one in part.merged]
-        return self._shared(merged, pictures, [ids for part in parts for ids in part.ids])
+        return self.after_tower(merged, pictures, [ids for part in parts for ids in part.ids])
 
-    def _shared(self, merged: Sequence[Tensor], pictures: Pictures, ids: Sequence[Tensor]) -> Phi3VShared:
+    def after_tower(self, merged: Sequence[Tensor], pictures: Pictures, ids: Sequence[Tensor]) -> Phi3VShared:
+        """A batch whose pictures the tower has seen: per picture ``(n, 4w)``, per sample ``(length,)``."""
         runs = runs_of(ids, pictures, self.rope_form)
         tables = [rope_tables(run.lengths, run.positions, self.config.rope) for run in runs]
         return Phi3VShared(merged, pictures, ids, list(zip(runs, tables, strict=True)))

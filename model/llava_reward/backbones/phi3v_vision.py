@@ -42,12 +42,16 @@ class VisionEncoder(nn.Module):
         - grids: per picture ``(a, g)``
         - returns: per picture ``(n, 4w)``
         """
-        features = self.img_processor.vision_model(torch.cat(list(crops)))
-        pieces = torch.split(merge_patches(features), [len(c) for c in crops])
-        return [self._assemble(cells, grid) for cells, grid in zip(pieces, grids, strict=True)]
+        return [self.assemble(cells, grid) for cells, grid in zip(self.see(crops), grids, strict=True)]
 
-    def _assemble(self, cells: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``sub_glb`` order: crops as one picture, separator, global view."""
+    def see(self, crops: Sequence[Tensor]) -> list[Tensor]:
+        """The tower alone: per picture ``(k, 3, c, c)`` to ``(k, m, m, 4w)``."""
+        features = self.img_processor.vision_model(torch.cat(list(crops)))
+        return list(torch.split(merge_patches(features), [len(c) for c in crops]))
+
+    def assemble(self, cells: Tensor, grid: tuple[int, int]) -> Tensor:
+        """One picture's cells, ``(1 + a*g, m, m, 4w)``, in ``sub_glb`` order: crops as one picture, separator, global
+        view. Returns ``(n, 4w)``."""
         whole = self._with_row_ends(cells[:1], (1, 1))
         parts = self._with_row_ends(cells[1:], grid)
         return torch.cat((parts, self.glb_GN[0], whole))
