@@ -118,7 +118,12 @@ def draw(seed: int, *, size: tuple[int, int] = (512, 512), truth: SceneTruth | N
     if truth.artefact is Artefact.WRONG_ANATOMY and not _has_person(shown):
         raise ValueError(f"scene {seed} shows no person whose anatomy could be wrong")
     image, things, sign = _render(shown, truth, size, seed)
-    return Scene(image, describe(asked, _random("prompt", seed)), truth, asked, shown, things, sign)
+    return Scene(image, prompt_of(seed, asked), truth, asked, shown, things, sign)
+
+
+def prompt_of(seed: int, spec: SceneSpec) -> str:
+    """A prompt that asks for ``spec``, in the wording of ``seed``."""
+    return describe(spec, _random("prompt", seed))
 
 
 def asked_spec(seed: int) -> SceneSpec:

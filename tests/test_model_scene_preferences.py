@@ -1,0 +1,103 @@
+"""Preference data of drawn scenes: pairs differ in what is asked about alone, and scenes belong to their split."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from model.perspectives import Perspective
+from model.preferences import LabelledImage, PreferencePair, image_uris, read_preferences
+from model.scene_grammar import holds_held_out_pair
+from model.scene_preferences import ScenePlan, plan, records, write
+from model.scene_splits import Split
+from model.scenes import SceneTruth, asked_spec, draw, shown_spec
+
+_SCENES = 40
+
+
+def _truth_of(scene: ScenePlan, image: str) -> SceneTruth:
+    [truth] = {truth for truth in scene.truths() if scene.image(truth) == image}
+    return truth
+
+
+def test_pairs_differ_in_what_is_asked_about_alone() -> None:
+    fields = {Perspective.ALIGNMENT: "mismatch", Perspective.FIDELITY: "artefact"}
+    for number in range(_SCENES):
+        scene = plan(Split.TRAINING, number)
+        assert len(set(scene.truths())) == 4
+        for perspective, field in fields.items():
+            record = records(scene, perspective)[0]
+            chosen, rejected = (vars(_truth_of(scene, record[side])) for side in ("chosen", "rejected"))
+            assert chosen[field] is None
+            assert rejected[field] is not None
+            assert {name for name in chosen if chosen[name] != rejected[name]} == {field}
+        harmless, prohibited = records(scene, Perspective.SAFETY)
+        assert (harmless["label"], _truth_of(scene, harmless["image"]).sign) == (1, None)
+        assert (prohibited["label"], _truth_of(scene, prohibited["image"]).sign) == (0, scene.sign)
+        [overall] = records(scene, Perspective.OVERALL)
+        assert _truth_of(scene, overall["chosen"]).overall > _truth_of(scene, overall["rejected"]).overall
+
+
+def test_a_hard_negative_prompt_is_what_the_image_was_drawn_against() -> None:
+    for number in range(_SCENES):
+        scene = plan(Split.TRAINING, number)
+        images, prompts = records(scene, Perspective.ALIGNMENT)
+        assert prompts["chosen"] == prompts["rejected"] == images["rejected"]
+        drawn = draw(scene.seed, size=(64, 64), truth=SceneTruth(mismatch=scene.mismatch))
+        assert prompts["rejected_prompt"] == images["prompt"] == drawn.prompt
+        assert prompts["prompt"] != drawn.prompt
+
+
+def test_flaws_occur_on_both_sides_of_what_they_do_not_concern() -> None:
+    firsts = [plan(Split.TRAINING, number).first for number in range(300)]
+    for field, share in (("mismatch", 0.5), ("artefact", 0.4), ("sign", 0.3)):
+        found = sum(getattr(first, field) is not None for first in firsts) / len(firsts)
+        assert found == pytest.approx(share, abs=0.12)  # four standard errors
+
+
+def test_combinations_are_kept_for_their_split() -> None:
+    for number in range(_SCENES):
+        for split in (Split.TRAINING, Split.VALIDATION):
+            scene = plan(split, number)
+            for mismatch in (None, scene.mismatch):
+                assert not holds_held_out_pair(shown_spec(scene.seed, mismatch))
+        assert holds_held_out_pair(asked_spec(plan(Split.HELD_OUT, number).seed))
+    seeds = [plan(split, number).seed for split in Split for number in range(_SCENES)]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_what_is_written_reads_as_preference_data(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "model.scene_preferences", str(tmp_path), "--split", "validation", "--scenes", "3"]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
+    expected = {"alignment": (PreferencePair, 6), "fidelity": (PreferencePair, 3)}
+    expected |= {"overall": (PreferencePair, 3), "safety": (LabelledImage, 6)}
+    shown = set()
+    for name, (kind, count) in expected.items():
+        data = read_preferences(str(tmp_path / f"{name}.jsonl"), image_root=str(tmp_path))
+        assert (len(data.records), data.has_ids) == (count, True)
+        assert all(isinstance(record, kind) and record.group["flaw"] for record in data.records)
+        shown |= {uri for record in data.records for uri in image_uris(record)}
+    images = set((tmp_path / "images").iterdir())
+    assert len(images) == 12
+    assert {Path(uri) for uri in shown} <= images
+    scene = plan(Split.VALIDATION, 0)
+    with Image.open(tmp_path / scene.image(scene.first)) as stored:
+        assert stored.size == scene.size
+        drawn = draw(scene.seed, size=scene.size, truth=scene.first).image
+        assert np.abs(np.asarray(stored.convert("RGB"), float) - np.asarray(drawn, float)).mean() < 12  # JPEG at worst
+
+
+def test_written_again_it_keeps_what_is_there(tmp_path: Path) -> None:
+    write(tmp_path, Split.TRAINING, range(1), 1)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
+    gone = min(before)
+    gone.unlink()
+    write(tmp_path, Split.TRAINING, range(2), 1)
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
+    assert len(after) == 8
+    assert {path for path in before if after[path] != before[path]} == {gone}
