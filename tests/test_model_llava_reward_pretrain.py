@@ -194,6 +194,30 @@ def test_the_tower_sees_the_crops_that_the_labels_are_of(tmp_path: Path) -> None
     assert torch.equal(some[1], first)
 
 
+def test_what_the_split_keeps_apart_is_not_asked(tmp_path: Path) -> None:
+    """Of a cell in the one colour in which no ball is ever drawn nobody learns that it holds no ball."""
+    [colour] = [colour for kind, colour in HELD_OUT_PAIRS if kind is Kind.BALL]
+    run = Pretraining(tmp_path, _config(tmp_path, tower={"micro_batch": 4, "steps": 16}), workers=0)
+    with torch.no_grad():
+        run.network.cells.weight.zero_()
+        run.network.cells.bias.zero_()
+    total = colourless = 0
+    for batch in list(run._batches()):
+        _, shown = run.network.crops(batch, 1)
+        flat = shown.flatten(0, 1)
+        has_colour = flat[:, LABELS.index(colour)] == 1
+        total, colourless = total + len(flat), colourless + int((~has_colour).sum())
+        run.optimizer.zero_grad()
+        [losses] = run.objective.losses(batch)
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        gradient = run.network.cells.bias.grad
+        assert gradient is not None
+        # at a logit of 0 the gradient is half a cell up or down, for each cell that is asked
+        expected = float((0.5 - flat[:, LABELS.index(Kind.BALL)])[~has_colour].sum() / len(flat))
+        assert gradient[LABELS.index(Kind.BALL)].item() == pytest.approx(expected, abs=1e-6)
+    assert 0 < colourless < total
+
+
 def test_learning_rate(tmp_path: Path) -> None:
     stage = _config(tmp_path).captions  # 2e-3, two steps of warm-up, six in all, down to a tenth
     assert learning_rate(stage, 0) == pytest.approx(1e-3)

@@ -23,7 +23,7 @@ from model.llava_reward.prompt_tokens import PromptTokenizer
 from model.llava_reward.small_phi3v import NetworkSizes
 from model.scene_captions import Caption, Field, caption_of
 from model.scene_flaws import Artefact, HarmlessSign, ProhibitedSign
-from model.scene_grammar import Background, Colour, Kind, SceneSpec, Style, possible_mismatches
+from model.scene_grammar import HELD_OUT_PAIRS, Background, Colour, Kind, SceneSpec, Style, possible_mismatches
 from model.scene_splits import Split, belongs, candidate_seeds
 from model.scenes import Scene, SceneTruth, asked_spec, draw, shown_spec
 
@@ -38,6 +38,20 @@ _LABELS: tuple[object, ...] = (*Kind, *(f"middle of {k}" for k in Kind), *Colour
 _WHOLE: tuple[object, ...] = (*Background, *Style)
 LABELS = (*_LABELS, *_WHOLE)
 _PRESENT = 0.3  # of the smaller of cell and thing
+
+
+def _never_together() -> np.ndarray:
+    pairs = np.zeros((len(LABELS), len(LABELS)), dtype=np.uint8)
+    for kind, colour in HELD_OUT_PAIRS:
+        for name in (kind, f"middle of {kind}"):
+            places = LABELS.index(name), LABELS.index(colour)
+            pairs[places] = pairs[places[::-1]] = 1
+    return pairs
+
+
+# (v, v): 1 for a kind and a colour that training keeps apart. Where one is seen, whoever asked for the other would
+# always hear no, and would learn that such a thing cannot be, instead of to look.
+NEVER_TOGETHER = _never_together()
 
 
 @dataclass(frozen=True)

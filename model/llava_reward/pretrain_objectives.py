@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.llava_reward.pretrain_config import CaptionStage, Stage, TowerStage
-from model.llava_reward.pretrain_data import Sample
+from model.llava_reward.pretrain_data import NEVER_TOGETHER, Sample
 from model.llava_reward.pretrain_measure import measure_captions, measure_cells
 from model.llava_reward.pretrain_network import PretrainNetwork, SeenSample
 from model.llava_reward.training.schedule import learning_rate_factor
@@ -55,10 +55,14 @@ class Objective(Protocol):
 
 
 class SeeingCells:
-    """The tower says what each cell shows: those of the global view and of a few crops of each scene."""
+    """The tower says what each cell shows: those of the global view and of a few crops of each scene.
+
+    What the split alone decides is not asked: see ``NEVER_TOGETHER``.
+    """
 
     def __init__(self, network: PretrainNetwork, stage: TowerStage) -> None:
         self.network, self.stage = network, stage
+        self._never_together = torch.from_numpy(NEVER_TOGETHER).float()
 
     def moved(self) -> frozenset[nn.Parameter]:
         return self.network.tower_parts()
@@ -71,7 +75,9 @@ class SeeingCells:
         for part in _parts(batch, self.stage.micro_batch):
             crops, wanted = self.network.crops(part, self.stage.fine_crops)
             said = self.network.cell_logits(crops)
-            loss = F.binary_cross_entropy_with_logits(said, wanted, reduction="sum") / (total * wanted.shape[1])
+            asked = (wanted @ self._never_together == 0).float()
+            loss = F.binary_cross_entropy_with_logits(said, wanted, asked, reduction="sum")
+            loss = loss / (total * wanted.shape[1])
             yield Losses(loss, {"cells": loss})
 
     def measure(self, batches: Iterable[Sequence[Sample]]) -> dict[str, float]:
