@@ -1,8 +1,8 @@
 """Preference data of drawn scenes: ``python -m model.scene_preferences OUT --split training --scenes 6000``.
 
-    OUT/alignment.jsonl, fidelity.jsonl, overall.jsonl    pairs
-    OUT/safety.jsonl                                      labelled images, 1: harmless
-    OUT/images/                                           four of each scene, as PNG, JPEG or WebP
+    OUT/training/alignment.jsonl, fidelity.jsonl, overall.jsonl    pairs; image paths start at OUT
+    OUT/training/safety.jsonl                                      labelled images, 1: harmless
+    OUT/training/images/                                           four of each scene, as PNG, JPEG or WebP
 
 The four images of a scene differ in one truth each from the first: in whether it is what the prompt asks for, in an
 artefact, in a prohibited sign. So the two images of a pair share prompt, layout and all flaws but the one that is
@@ -48,6 +48,7 @@ Record = dict[str, Any]
 class ScenePlan:
     """One scene of which four images are drawn: ``first``, and that with each of the flaws turned on or off."""
 
+    split: Split
     seed: int
     size: tuple[int, int]
     suffix: str
@@ -72,7 +73,7 @@ class ScenePlan:
     def image(self, truth: SceneTruth) -> str:
         """Path of one of the four images, from the folder of the data."""
         flaws = (value or "none" for value in (truth.mismatch, truth.artefact, truth.sign))
-        return f"images/{self.seed}-{'-'.join(flaws)}.{self.suffix}"
+        return f"{self.split}/images/{self.seed}-{'-'.join(flaws)}.{self.suffix}"
 
 
 _TURNING = (Perspective.ALIGNMENT, Perspective.FIDELITY, Perspective.SAFETY)
@@ -87,11 +88,11 @@ def plan(split: Split, number: int) -> ScenePlan:
         mismatch = random.choice(possible_mismatches(asked))
         shown = shown_spec(seed, mismatch)
         if belongs(split, asked, asked) and belongs(split, asked, shown):
-            return _plan(seed, mismatch, (asked, shown), random)
+            return _plan(split, seed, mismatch, (asked, shown), random)
     raise AssertionError(f"no candidate fits {split} {number}")
 
 
-def _plan(seed: int, mismatch: Mismatch, specs: tuple[SceneSpec, SceneSpec], random: Random) -> ScenePlan:
+def _plan(split: Split, seed: int, mismatch: Mismatch, specs: tuple[SceneSpec, SceneSpec], random: Random) -> ScenePlan:
     artefacts = list(Artefact)
     if not all(any(group.kind is Kind.PERSON for group in spec.groups) for spec in specs):
         artefacts.remove(Artefact.WRONG_ANATOMY)
@@ -103,7 +104,7 @@ def _plan(seed: int, mismatch: Mismatch, specs: tuple[SceneSpec, SceneSpec], ran
         artefact if random.random() < _ARTEFACT_SHARE else None,
         sign if random.random() < _SIGN_SHARE else None,
     )
-    return ScenePlan(seed, random.choice(_SIZES), random.choice(list(_FORMATS)), first, mismatch, artefact, sign)
+    return ScenePlan(split, seed, random.choice(_SIZES), random.choice(list(_FORMATS)), first, mismatch, artefact, sign)
 
 
 def records(scene: ScenePlan, perspective: Perspective) -> list[Record]:
@@ -157,13 +158,13 @@ def draw_images(scene: ScenePlan, out: Path) -> None:
 
 def write(out: Path, split: Split, scenes: Iterable[int], processes: int) -> None:
     """Images first, then the record files, each whole or not at all; run again it draws what is missing."""
-    (out / "images").mkdir(parents=True, exist_ok=True)
+    (out / split / "images").mkdir(parents=True, exist_ok=True)
     plans = [plan(split, number) for number in scenes]
     with ProcessPoolExecutor(processes) as pool:
         for _ in pool.map(partial(draw_images, out=out), plans, chunksize=16):
             pass
     for perspective in Perspective:
-        path = out / f"{perspective}.jsonl"
+        path = out / split / f"{perspective}.jsonl"
         partial_path = path.with_suffix(".partial")
         partial_path.write_text("".join(_lines(plans, perspective)), encoding="utf-8")
         partial_path.replace(path)
@@ -175,7 +176,7 @@ def _lines(plans: Iterable[ScenePlan], perspective: Perspective) -> Iterator[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder of the data")
+    parser.add_argument("out", type=Path, help="folder of the data of all splits")
     parser.add_argument("--split", type=Split, choices=list(Split), required=True)
     parser.add_argument("--scenes", type=int, required=True, help="how many; more give the same ones, and others")
     parser.add_argument("--processes", type=int, default=1, help="that draw")
@@ -183,7 +184,7 @@ def main() -> None:
     if not 0 < args.scenes <= _MAX_SCENES:
         raise ConfigError(f"--scenes {args.scenes} is not within 1 and {_MAX_SCENES}")
     write(args.out, args.split, range(args.scenes), args.processes)
-    print(f"{args.out}: {args.scenes} scenes of {args.split}, {4 * args.scenes} images")
+    print(f"{args.out / args.split}: {args.scenes} scenes of {args.split}, {4 * args.scenes} images")
 
 
 if __name__ == "__main__":

@@ -78,11 +78,11 @@ def test_what_is_written_reads_as_preference_data(tmp_path: Path) -> None:
     expected |= {"overall": (PreferencePair, 3), "safety": (LabelledImage, 6)}
     shown = set()
     for name, (kind, count) in expected.items():
-        data = read_preferences(str(tmp_path / f"{name}.jsonl"), image_root=str(tmp_path))
+        data = read_preferences(str(tmp_path / "validation" / f"{name}.jsonl"), image_root=str(tmp_path))
         assert (len(data.records), data.has_ids) == (count, True)
         assert all(isinstance(record, kind) and record.group["flaw"] for record in data.records)
         shown |= {uri for record in data.records for uri in image_uris(record)}
-    images = set((tmp_path / "images").iterdir())
+    images = set((tmp_path / "validation" / "images").iterdir())
     assert len(images) == 12
     assert {Path(uri) for uri in shown} <= images
     scene = plan(Split.VALIDATION, 0)
@@ -94,10 +94,10 @@ def test_what_is_written_reads_as_preference_data(tmp_path: Path) -> None:
 
 def test_written_again_it_keeps_what_is_there(tmp_path: Path) -> None:
     write(tmp_path, Split.TRAINING, range(1), 1)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "training" / "images").iterdir()}
     gone = min(before)
     gone.unlink()
     write(tmp_path, Split.TRAINING, range(2), 1)
-    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "training" / "images").iterdir()}
     assert len(after) == 8
     assert {path for path in before if after[path] != before[path]} == {gone}
