@@ -42,13 +42,13 @@ from model.llava_reward.processor import IMAGE_TOKEN, hd_layout, num_image_token
 from model.llava_reward.prompt_tokens import PromptTokenizer
 from model.llava_reward.scene_tokenizer import build_scene_tokenizer
 from model.llava_reward.small_phi3v import write_configs
-from model.llava_reward.tiny import write_adapter
 from model.perspectives import Perspective
 from model.scene_captions import caption_of, parse_caption
 from model.scene_flaws import Artefact, ProhibitedSign
 from model.scene_grammar import HELD_OUT_PAIRS, Colour, Kind, holds_held_out_pair
 from model.scene_splits import Split
 from model.scenes import SceneTruth, draw
+from tests.random_adapter import write_adapter
 
 _SMALL: Mapping[str, Any] = yaml.safe_load("""
 seed: 3

@@ -1,4 +1,4 @@
-"""LLaVA-Reward's scorer on the shipped checkpoint: batches, passes, heads, hashes and the tiny checkpoint itself."""
+"""LLaVA-Reward's scorer on the shipped checkpoint: batches, passes, heads and hashes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from PIL import Image
 from model.errors import ConfigError, ErrorCode, InfrastructureError, Stage
 from model.llava_reward.heads import gpm_score, preference_probability, safe_probability
 from model.llava_reward.scorer import LlavaRewardScorer
-from model.llava_reward.tiny import write_checkpoint
-from model.llava_reward.tiny_tokenizer import sentences
 from model.meaning import HeadTraining
 from model.perspectives import PERSPECTIVES, Perspective
+from model.scenes import asked_spec, prompt_of
 from model.schema import Generation
 from model.scorer import RawOutput, load, read_identity, resolve
 
@@ -46,7 +45,7 @@ def scorer() -> LlavaRewardScorer:
 @pytest.fixture(scope="module")
 def generations() -> list[Generation]:
     draw = np.random.default_rng(1)
-    prompts = ["", *sentences(4)]
+    prompts = ["", *(prompt_of(seed, asked_spec(seed)) for seed in range(8))]
     return [Generation(f"g{i}", prompts[i % 9] * (1 + i % 3), jpeg(draw, *SIZES[i % len(SIZES)])) for i in range(24)]
 
 
@@ -223,32 +222,6 @@ def test_hashes_follow_the_weights_they_depend_on(tmp_path: Path) -> None:
     assert {p for p in PERSPECTIVES if after[p] != before[p]} == {Perspective.SAFETY}
     _flip_last_byte(copy / "backbone" / "model.safetensors")
     assert all(read_identity(copy).checkpoints[p] != before[p] for p in PERSPECTIVES)
-
-
-# --- the tiny checkpoint ---
-
-
-def test_tiny_checkpoint_is_reproducible_small_and_the_shipped_one(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path)
-    made = {p.relative_to(tmp_path): p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
-    shipped = {p.relative_to(DEMO): p.read_bytes() for p in sorted(DEMO.rglob("*")) if p.is_file()}
-    assert set(made) == set(shipped)
-    # golden.json holds computed rewards, which another processor may round otherwise.
-    assert [str(name) for name in made if made[name] != shipped[name] and name.name != "golden.json"] == []
-    assert sum(map(len, made.values())) < 6_000_000
-    load(tmp_path).check_golden()
-
-
-def test_tiny_checkpoint_has_the_promised_shape() -> None:
-    config = json.loads((DEMO / "backbone" / "config.json").read_text())
-    assert config["num_hidden_layers"] >= 4
-    assert config["hidden_size"] == 128
-    for perspective in PERSPECTIVES:
-        adapter = DEMO / perspective
-        assert yaml.safe_load((adapter / "reward_config.yaml").read_text())["add_cross_attention"] is True
-        lora = torch.load(adapter / "lora" / "adapter_model.bin", weights_only=True)
-        assert all(tensor.abs().max() > 0 for tensor in lora.values())
-        assert {min(tensor.shape) for tensor in lora.values()} == {8}
 
 
 def test_unknown_perspective_and_device(scorer: LlavaRewardScorer) -> None:

@@ -1,6 +1,6 @@
 """A tokenizer for prompts and captions of drawn scenes: every word of their grammar is one token.
 
-Same construction as the published tokenizer, as in ``tiny_tokenizer.py``; any other text is encoded too, by
+Same construction as the published tokenizer, as in ``tokenizer_training.py``; any other text is encoded too, by
 characters and bytes where it must.
 """
 
@@ -11,7 +11,7 @@ from random import Random
 
 from tokenizers import Tokenizer, pre_tokenizers
 
-from model.llava_reward.tiny_tokenizer import train_tokenizer
+from model.llava_reward.tokenizer_training import train_tokenizer
 from model.scene_captions import Arrangement, Caption
 from model.scene_flaws import Artefact, HarmlessSign, ProhibitedSign
 from model.scene_grammar import Mismatch, describe, sample_spec

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from model.llava_reward.config import write_json
-from model.llava_reward.tiny_tokenizer import END
+from model.llava_reward.tokenizer_training import END
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 ``python -m tests.benchmarks.scorer_throughput [--checkpoint demo] [--threads 2] [--images 256] [--batch 32]``
 
-Pictures are smooth 512x512 JPEGs made here, prompts come from the tiny checkpoint's grammar. Each round scores all
+Pictures are smooth 512x512 JPEGs made here, prompts are those of drawn scenes. Each round scores all
 images; the table shows every round, since a shared machine is noisy, and the median is the result.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import statistics
 import time
 
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from model.llava_reward.tiny_tokenizer import sentences
+from model.scenes import asked_spec, prompt_of
 from model.schema import Generation
 from model.scorer import Scorer, load
 
@@ -28,7 +27,7 @@ ROUNDS = 5
 def make_generations(count: int) -> list[Generation]:
     """Distinct pictures and prompts, equal in every run."""
     draw = np.random.default_rng(0)
-    return [Generation(str(i), prompt, _jpeg(draw)) for i, prompt in enumerate(itertools.islice(sentences(0), count))]
+    return [Generation(str(i), prompt_of(i, asked_spec(i)), _jpeg(draw)) for i in range(count)]
 
 
 def _jpeg(draw: np.random.Generator) -> bytes:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from model.errors import ConfigError
 from model.golden import GOLDEN_FILE
-from model.llava_reward import tiny
+from model.llava_reward import golden_file
 from model.llava_reward.backbones.interface import Backbone
 from model.llava_reward.config import write_json
 from model.llava_reward.lora import layer_projections
@@ -162,7 +162,7 @@ def write_golden(out: Path, scorer: Mapping[str, Any], device: str) -> None:
     place.mkdir()
     elsewhere = {perspective: f"../{folder}" for perspective, folder in scorer["adapters"].items()}
     write_scorer(place, {**scorer, "adapters": elsewhere})
-    tiny.write_golden(place, device=device, is_scaled=True)
+    golden_file.write_golden(place, device=device, is_scaled=True)
     shutil.rmtree(out / "golden", ignore_errors=True)
     (place / "golden").rename(out / "golden")
     (place / GOLDEN_FILE).replace(out / GOLDEN_FILE)
