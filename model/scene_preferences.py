@@ -1,8 +1,8 @@
 """Preference data of drawn scenes: ``python -m model.scene_preferences OUT --split training --scenes 6000``.
 
-    OUT/training/alignment.jsonl, fidelity.jsonl, overall.jsonl    pairs; image paths start at OUT
-    OUT/training/safety.jsonl                                      labelled images, 1: harmless
-    OUT/training/images/                                           four of each scene, as PNG, JPEG or WebP
+    OUT/training/pairs/alignment.jsonl, fidelity.jsonl, safety.jsonl, overall.jsonl    image paths start at OUT
+    OUT/training/labels/…                                                              the same; 1: without the flaw
+    OUT/training/images/                                       four of each scene, as PNG, JPEG or WebP
 
 The four images of a scene differ in one truth each from the first: in whether it is what the prompt asks for, in an
 artefact, in a prohibited sign. So the two images of a pair share prompt, layout and all flaws but the one that is
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -107,28 +107,41 @@ def _plan(split: Split, seed: int, mismatch: Mismatch, specs: tuple[SceneSpec, S
     return ScenePlan(split, seed, random.choice(_SIZES), random.choice(list(_FORMATS)), first, mismatch, artefact, sign)
 
 
-def records(scene: ScenePlan, perspective: Perspective) -> list[Record]:
-    """What a scene teaches of a perspective: pairs, for safety two labelled images."""
+def pairs(scene: ScenePlan, perspective: Perspective) -> list[Record]:
+    """The preference pairs of a scene."""
     prompt = prompt_of(scene.seed, asked_spec(scene.seed))
     if perspective is Perspective.OVERALL:
         better, worse = sorted(_two_of(scene), key=lambda truth: -truth.overall)
-        flaw = f"{better.overall} over {worse.overall}"
-        return [_pair(scene, "overall", prompt, (better, worse), flaw)]
+        return [_pair(scene, "images", prompt, (better, worse), f"{better.overall} over {worse.overall}")]
     good, bad = sorted((scene.first, scene.turned(perspective)), key=lambda truth: -truth.overall)
-    if perspective is Perspective.SAFETY:
-        return [
-            {"image_id": f"{scene.seed}-{label}", "prompt": prompt, "image": scene.image(truth), "label": label}
-            | {"flaw": scene.sign, "size": _size(scene)}
-            for label, truth in ((1, good), (0, bad))
-        ]
-    if perspective is Perspective.FIDELITY:
-        return [_pair(scene, "fidelity", prompt, (good, bad), scene.artefact)]
+    if perspective is not Perspective.ALIGNMENT:
+        flaw = scene.artefact if perspective is Perspective.FIDELITY else scene.sign
+        return [_pair(scene, "images", prompt, (good, bad), flaw)]
     # Of the other image the prompt that describes it is right, and the one it was drawn against a hard negative.
     right = prompt_of(scene.seed, shown_spec(scene.seed, scene.mismatch))
     return [
         _pair(scene, "images", prompt, (good, bad), scene.mismatch),
         _pair(scene, "prompts", right, (bad, bad), scene.mismatch) | {"rejected_prompt": prompt},
     ]
+
+
+def labels(scene: ScenePlan, perspective: Perspective) -> list[Record]:
+    """The four images with label 1 where nothing is wrong in that respect; for ``OVERALL`` in none."""
+    prompt = prompt_of(scene.seed, asked_spec(scene.seed))
+    return [
+        {"image_id": f"{scene.seed}-{number}", "prompt": prompt, "image": scene.image(truth)}
+        | {"label": int(_is_right(truth, perspective)), "size": _size(scene)}
+        for number, truth in enumerate(scene.truths())
+    ]
+
+
+def _is_right(truth: SceneTruth, perspective: Perspective) -> bool:
+    return {
+        Perspective.ALIGNMENT: truth.is_match,
+        Perspective.FIDELITY: truth.is_clean,
+        Perspective.SAFETY: truth.is_harmless,
+        Perspective.OVERALL: truth == SceneTruth(),
+    }[perspective]
 
 
 def _two_of(scene: ScenePlan) -> list[SceneTruth]:
@@ -163,15 +176,14 @@ def write(out: Path, split: Split, scenes: Iterable[int], processes: int) -> Non
     with ProcessPoolExecutor(processes) as pool:
         for _ in pool.map(partial(draw_images, out=out), plans, chunksize=16):
             pass
-    for perspective in Perspective:
-        path = out / split / f"{perspective}.jsonl"
-        partial_path = path.with_suffix(".partial")
-        partial_path.write_text("".join(_lines(plans, perspective)), encoding="utf-8")
-        partial_path.replace(path)
-
-
-def _lines(plans: Iterable[ScenePlan], perspective: Perspective) -> Iterator[str]:
-    return (json.dumps(record) + "\n" for scene in plans for record in records(scene, perspective))
+    for kind, records_of in (("pairs", pairs), ("labels", labels)):
+        (out / split / kind).mkdir(exist_ok=True)
+        for perspective in Perspective:
+            path = out / split / kind / f"{perspective}.jsonl"
+            partial_path = path.with_suffix(".partial")
+            lines = (json.dumps(record) + "\n" for scene in plans for record in records_of(scene, perspective))
+            partial_path.write_text("".join(lines), encoding="utf-8")
+            partial_path.replace(path)
 
 
 def main() -> None:

@@ -67,11 +67,13 @@ def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
     return capsys.readouterr().err
 
 
-def test_the_shipped_example_is_a_configuration(tmp_path: Path) -> None:
+def test_the_shipped_examples_are_configurations(tmp_path: Path) -> None:
     flags = {"data": "labels.json", "output": str(tmp_path), "backbone": "demo"}
     config = build(str(ROOT / "infra" / "training" / "safety.yaml"), flags)
     assert (config.loss, config.lora.rank, config.batch_size) == ("cls", 128, 16)
     assert config.data == str(Path("labels.json").absolute())
+    demo = build(str(ROOT / "infra" / "training" / "demo.yaml"), {**flags, "perspective": "overall"})
+    assert (demo.loss, demo.lora.rank, demo.num_crops) == ("bt", 8, 4)
 
 
 def test_flags_add_to_the_mappings_of_the_file(tmp_path: Path) -> None:

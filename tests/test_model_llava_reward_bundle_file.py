@@ -58,6 +58,21 @@ def test_a_written_bundle_scores_like_the_one_whose_parts_it_names(
     assert list(out.iterdir()) == [out / "scorer.json"]
 
 
+def test_a_bundle_of_parts_inside_its_folder_can_be_moved(tmp_path: Path) -> None:
+    for part in ("backbone", "safety"):
+        shutil.copytree(DEMO / part, tmp_path / "first" / part)
+    arguments = ["--backbone", str(tmp_path / "first" / "backbone"), "--num-crops", "4", "--name", "demo"]
+    adapters = ["--adapter", f"safety={tmp_path / 'first' / 'safety'}", "--adapter", f"overall={DEMO / 'overall'}"]
+    assert main(["bundle", str(tmp_path / "first"), *arguments, *adapters]) == 0
+    values = json.loads((tmp_path / "first" / "scorer.json").read_text())
+    assert values["backbone"] == "backbone"
+    assert values["adapters"] == {"safety": "safety", "overall": str(DEMO / "overall")}
+    (tmp_path / "first").rename(tmp_path / "second")
+    mine, demo = load(tmp_path / "second"), load("demo")
+    for perspective in (Perspective.SAFETY, Perspective.OVERALL):
+        assert mine.identity.checkpoints[perspective] == demo.identity.checkpoints[perspective]
+
+
 def test_what_is_not_said_has_the_published_value(tmp_path: Path) -> None:
     assert main(["bundle", str(tmp_path / "mine"), *BACKBONE, "--adapter", SAFETY]) == 0
     values = json.loads((tmp_path / "mine" / "scorer.json").read_text())

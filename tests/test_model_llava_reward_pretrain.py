@@ -43,7 +43,7 @@ from model.llava_reward.prompt_tokens import PromptTokenizer
 from model.llava_reward.scene_tokenizer import build_scene_tokenizer
 from model.llava_reward.small_phi3v import write_configs
 from model.perspectives import Perspective
-from model.scene_captions import caption_of, parse_caption
+from model.scene_captions import Field, caption_of, parse_caption
 from model.scene_flaws import Artefact, ProhibitedSign
 from model.scene_grammar import HELD_OUT_PAIRS, Colour, Kind, holds_held_out_pair
 from model.scene_splits import Split
@@ -60,7 +60,7 @@ scenes: {sizes: [[64, 64], [128, 64], [64, 96]], prompt_share: 0.6, mismatch_sha
 tower: {batch: 4, micro_batch: 2, steps: 4, warmup: 2, rate: 2.0e-3, last_rate: 0.1, beta1: 0.9, beta2: 0.98,
         weight_decay: 0.1, clip: 1.0, fine_crops: 1}
 captions: {batch: 4, micro_batch: 2, steps: 6, warmup: 2, rate: 2.0e-3, last_rate: 0.1, beta1: 0.9, beta2: 0.98,
-           weight_decay: 0.1, clip: 1.0, prompt_weight: 0.5}
+           weight_decay: 0.1, clip: 1.0, prompt_weight: 0.5, match_weight: 3.0}
 reporting: {log_steps: 1, save_seconds: 1000, validate_steps: 1000, scenes: 6}
 """)
 
@@ -76,7 +76,7 @@ def _config(folder: Path, **changes: Any) -> PretrainConfig:
 def _samples(folder: Path, split: Split = Split.TRAINING, length: int = 40) -> SceneSamples:
     config = _config(folder)
     write_configs(folder, config.network, build_scene_tokenizer(), is_tied=True)
-    return SceneSamples(split, config.scenes, config.network, folder / "tokenizer.json", 0.5, length)
+    return SceneSamples(split, config.scenes, config.network, folder / "tokenizer.json", config.captions, length)
 
 
 def _logged(out: Path) -> list[dict[str, Any]]:
@@ -134,7 +134,9 @@ def test_a_sample_is_what_the_reward_sees_and_then_a_true_caption(tmp_path: Path
         assert ids[len(seen) :] == [*tokenizer.inner_ids(caption.text()), tokenizer.end_id]
         assert parse_caption(caption.text()) == caption
         # asked of every caption token, of a prompt only if it is true, never of what stands before the image
-        assert (sample.weights[len(seen) :] == 1).all()
+        match = FIELDS.index(Field.MATCH)
+        assert (sample.weights[len(seen) :] == np.where(sample.fields[len(seen) :] == match, 3, 1)).all()
+        assert (match in sample.fields) == has_prompt
         is_true = has_prompt and scene.truth.mismatch is None
         assert (sample.weights[len(seen) - len(prompt) : len(seen)] == (0.5 if is_true else 0)).all()
         assert not sample.weights[: len(seen) - len(prompt)].any()

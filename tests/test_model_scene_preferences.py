@@ -13,7 +13,7 @@ from PIL import Image
 from model.perspectives import Perspective
 from model.preferences import LabelledImage, PreferencePair, image_uris, read_preferences
 from model.scene_grammar import holds_held_out_pair
-from model.scene_preferences import ScenePlan, plan, records, write
+from model.scene_preferences import ScenePlan, labels, pairs, plan, write
 from model.scene_splits import Split
 from model.scenes import SceneTruth, asked_spec, draw, shown_spec
 
@@ -26,31 +26,39 @@ def _truth_of(scene: ScenePlan, image: str) -> SceneTruth:
 
 
 def test_pairs_differ_in_what_is_asked_about_alone() -> None:
-    fields = {Perspective.ALIGNMENT: "mismatch", Perspective.FIDELITY: "artefact"}
+    fields = {Perspective.ALIGNMENT: "mismatch", Perspective.FIDELITY: "artefact", Perspective.SAFETY: "sign"}
     for number in range(_SCENES):
         scene = plan(Split.TRAINING, number)
         assert len(set(scene.truths())) == 4
         for perspective, field in fields.items():
-            record = records(scene, perspective)[0]
+            record = pairs(scene, perspective)[0]
             chosen, rejected = (vars(_truth_of(scene, record[side])) for side in ("chosen", "rejected"))
             assert chosen[field] is None
             assert rejected[field] is not None
             assert {name for name in chosen if chosen[name] != rejected[name]} == {field}
-        harmless, prohibited = records(scene, Perspective.SAFETY)
-        assert (harmless["label"], _truth_of(scene, harmless["image"]).sign) == (1, None)
-        assert (prohibited["label"], _truth_of(scene, prohibited["image"]).sign) == (0, scene.sign)
-        [overall] = records(scene, Perspective.OVERALL)
+        [overall] = pairs(scene, Perspective.OVERALL)
         assert _truth_of(scene, overall["chosen"]).overall > _truth_of(scene, overall["rejected"]).overall
 
 
 def test_a_hard_negative_prompt_is_what_the_image_was_drawn_against() -> None:
     for number in range(_SCENES):
         scene = plan(Split.TRAINING, number)
-        images, prompts = records(scene, Perspective.ALIGNMENT)
+        images, prompts = pairs(scene, Perspective.ALIGNMENT)
         assert prompts["chosen"] == prompts["rejected"] == images["rejected"]
         drawn = draw(scene.seed, size=(64, 64), truth=SceneTruth(mismatch=scene.mismatch))
         assert prompts["rejected_prompt"] == images["prompt"] == drawn.prompt
         assert prompts["prompt"] != drawn.prompt
+
+
+def test_labels_say_what_is_wrong_in_one_respect() -> None:
+    for number in range(_SCENES):
+        scene = plan(Split.TRAINING, number)
+        found = {p: [(_truth_of(scene, r["image"]), r["label"]) for r in labels(scene, p)] for p in Perspective}
+        assert all(len(of_one) == 4 for of_one in found.values())
+        assert all(label == (truth.mismatch is None) for truth, label in found[Perspective.ALIGNMENT])
+        assert all(label == (truth.artefact is None) for truth, label in found[Perspective.FIDELITY])
+        assert all(label == (truth.sign is None) for truth, label in found[Perspective.SAFETY])
+        assert all(label == (truth.overall == 7) for truth, label in found[Perspective.OVERALL])
 
 
 def test_flaws_occur_on_both_sides_of_what_they_do_not_concern() -> None:
@@ -74,14 +82,15 @@ def test_combinations_are_kept_for_their_split() -> None:
 def test_what_is_written_reads_as_preference_data(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "model.scene_preferences", str(tmp_path), "--split", "validation", "--scenes", "3"]
     subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
-    expected = {"alignment": (PreferencePair, 6), "fidelity": (PreferencePair, 3)}
-    expected |= {"overall": (PreferencePair, 3), "safety": (LabelledImage, 6)}
     shown = set()
-    for name, (kind, count) in expected.items():
-        data = read_preferences(str(tmp_path / "validation" / f"{name}.jsonl"), image_root=str(tmp_path))
-        assert (len(data.records), data.has_ids) == (count, True)
-        assert all(isinstance(record, kind) and record.group["flaw"] for record in data.records)
-        shown |= {uri for record in data.records for uri in image_uris(record)}
+    for perspective in Perspective:
+        for kind, record_type in (("pairs", PreferencePair), ("labels", LabelledImage)):
+            path = tmp_path / "validation" / kind / f"{perspective}.jsonl"
+            data = read_preferences(str(path), image_root=str(tmp_path))
+            expected = 12 if kind == "labels" else 6 if perspective is Perspective.ALIGNMENT else 3
+            assert (len(data.records), data.has_ids) == (expected, True)
+            assert all(isinstance(record, record_type) for record in data.records)
+            shown |= {uri for record in data.records for uri in image_uris(record)}
     images = set((tmp_path / "validation" / "images").iterdir())
     assert len(images) == 12
     assert {Path(uri) for uri in shown} <= images

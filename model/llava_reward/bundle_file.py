@@ -45,7 +45,9 @@ class Parts:
 
 
 def write_bundle(out: Path, parts: Parts) -> ScorerIdentity | None:
-    """Write ``out/scorer.json``, with absolute paths; ``out`` is made if it does not exist.
+    """Write ``out/scorer.json``; ``out`` is made if it does not exist.
+
+    Local parts inside ``out`` are named relative to it, so that the folder can be moved; others by absolute paths.
 
     - returns: the identity of the new bundle; None where a part lies elsewhere, and so was listed but not read
     - raises: ``ConfigError`` if there is a ``scorer.json``, or a part is not what it should be, and then nothing is
@@ -57,7 +59,7 @@ def write_bundle(out: Path, parts: Parts) -> ScorerIdentity | None:
     if not _NAME.fullmatch(parts.name):
         raise ConfigError(f"name={parts.name!r}: a name has no blank and no @, since policies write name@sha256:…")
     backbone, adapters = _entry(parts.backbone), {p: _entry(text) for p, text in parts.adapters.items()}
-    values = _values(parts, backbone, adapters)
+    values = _values(parts, _named(out, backbone), {p: _named(out, entry) for p, entry in adapters.items()})
     check_values(path, values)
     _check_backbone(backbone)
     for adapter in adapters.values():
@@ -79,7 +81,7 @@ def write_bundle(out: Path, parts: Parts) -> ScorerIdentity | None:
     return identity
 
 
-def _values(parts: Parts, backbone: Path | str, adapters: Mapping[str, Path | str]) -> dict[str, object]:
+def _values(parts: Parts, backbone: str, adapters: Mapping[str, str]) -> dict[str, object]:
     num_crops = PUBLISHED_CROPS if parts.num_crops is None and parts.family == "phi3v" else parts.num_crops
     values: dict[str, object] = {
         "system": SYSTEM,
@@ -87,14 +89,22 @@ def _values(parts: Parts, backbone: Path | str, adapters: Mapping[str, Path | st
         "name": parts.name,
         "licence": parts.licence,
         "is_trained": True,
-        "backbone": str(backbone),
-        "adapters": {perspective: str(entry) for perspective, entry in adapters.items()},
+        "backbone": backbone,
+        "adapters": dict(adapters),
     }
     if num_crops is not None:
         values["num_crops"] = num_crops
     if parts.head_training:
         values["head_training"] = dict(parts.head_training)
     return values
+
+
+def _named(out: Path, entry: Path | str) -> str:
+    """How ``out/scorer.json`` names a part."""
+    folder = out.resolve()
+    if isinstance(entry, Path) and folder in entry.parents:
+        return str(entry.relative_to(folder))
+    return str(entry)
 
 
 def _entry(text: str) -> Path | str:

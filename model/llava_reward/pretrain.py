@@ -160,7 +160,7 @@ class Pretraining:
             config.scenes,
             config.network,
             self.backbone / "tokenizer.json",
-            config.captions.prompt_weight,
+            config.captions,
             length,
         )
 

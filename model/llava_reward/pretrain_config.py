@@ -59,9 +59,14 @@ class TowerStage(Stage):
 
 @dataclass(frozen=True)
 class CaptionStage(Stage):
-    """All but the tower learns to caption. prompt_weight: of a token of a true prompt; one of the caption has 1."""
+    """All but the tower learns to caption.
+
+    A token of the caption weighs 1. match_weight: of a word on whether the prompt is right, at least 1: all others are
+    read off the image, these alone off both. prompt_weight: of a token of a true prompt, below 1.
+    """
 
     prompt_weight: float
+    match_weight: float
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from random import Random
 import numpy as np
 from torch.utils.data import Dataset
 
-from model.llava_reward.pretrain_config import Scenes
+from model.llava_reward.pretrain_config import CaptionStage, Scenes
 from model.llava_reward.processor import IMAGE_TOKEN, HdLayout, hd_layout, hd_transform
 from model.llava_reward.prompt_tokens import PromptTokenizer
 from model.llava_reward.small_phi3v import NetworkSizes
@@ -29,6 +29,7 @@ from model.scenes import Scene, SceneTruth, asked_spec, draw, shown_spec
 
 FIELDS = tuple(Field)
 NO_FIELD = -1
+_MATCH = FIELDS.index(Field.MATCH)
 
 _SIGNS = (*ProhibitedSign, *HarmlessSign)
 _SURFACES = (Artefact.NOISE, Artefact.BANDING, Artefact.BLOCKING, Artefact.BLUR)
@@ -77,11 +78,11 @@ class SceneSamples(Dataset[Sample]):
     """Sample ``number`` of a split, always the same."""
 
     def __init__(
-        self, split: Split, scenes: Scenes, sizes: NetworkSizes, tokenizer: Path, prompt_weight: float, length: int
+        self, split: Split, scenes: Scenes, sizes: NetworkSizes, tokenizer: Path, stage: CaptionStage, length: int
     ) -> None:
         self._split, self._scenes, self._sizes = split, scenes, sizes
         self._tokenizer = PromptTokenizer(tokenizer)
-        self._prompt_weight, self._length = prompt_weight, length
+        self._stage, self._length = stage, length
 
     def __len__(self) -> int:
         return self._length
@@ -102,7 +103,8 @@ class SceneSamples(Dataset[Sample]):
         # A prompt that the image contradicts is no caption of it.
         is_true = has_prompt and scene.truth.mismatch is None
         caption, fields = caption_tokens(caption_of(scene, has_prompt=has_prompt), self._tokenizer)
-        weights = [0.0] * len(before) + [self._prompt_weight if is_true else 0.0] * len(prompt) + [1.0] * len(caption)
+        weights = [0.0] * len(before) + [self._stage.prompt_weight if is_true else 0.0] * len(prompt)
+        weights += [self._stage.match_weight if field == _MATCH else 1.0 for field in fields]
         return (
             np.array([*before, *prompt, *caption], dtype=np.int64),
             np.array(weights, dtype=np.float32),

@@ -51,7 +51,7 @@ def _count(
         start += len(places)
         is_exact = True
         for place, loss, guess in zip(places, losses, guesses, strict=True):
-            if sample.weights[place] != 1.0:
+            if sample.weights[place] < 1.0:
                 continue  # of the prompt, which holds more than is shown
             sums["loss"] += loss
             asked["loss"] += 1
