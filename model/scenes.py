@@ -89,11 +89,12 @@ class PlacedSign:
 
 @dataclass(frozen=True)
 class Scene:
-    """An RGB image, its prompt, and what is true of it: ``asked`` by the prompt, ``shown`` in the image.
+    """The RGB image of a seed, its prompt, and what is true of it: ``asked`` by the prompt, ``shown`` in the image.
 
     ``things`` and ``sign`` say where everything is; ``sign`` names a harmless one too, of which the truth is silent.
     """
 
+    seed: int
     image: Image.Image
     prompt: str
     truth: SceneTruth
@@ -118,7 +119,7 @@ def draw(seed: int, *, size: tuple[int, int] = (512, 512), truth: SceneTruth | N
     if truth.artefact is Artefact.WRONG_ANATOMY and not _has_person(shown):
         raise ValueError(f"scene {seed} shows no person whose anatomy could be wrong")
     image, things, sign = _render(shown, truth, size, seed)
-    return Scene(image, prompt_of(seed, asked), truth, asked, shown, things, sign)
+    return Scene(seed, image, prompt_of(seed, asked), truth, asked, shown, things, sign)
 
 
 def prompt_of(seed: int, spec: SceneSpec) -> str:

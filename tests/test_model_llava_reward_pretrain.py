@@ -29,6 +29,7 @@ from model.llava_reward.pretrain_data import (
     FIELDS,
     LABELS,
     NO_FIELD,
+    NO_WORD,
     Sample,
     SceneSamples,
     cell_labels,
@@ -45,7 +46,7 @@ from model.llava_reward.small_phi3v import write_configs
 from model.perspectives import Perspective
 from model.scene_captions import Field, caption_of, parse_caption
 from model.scene_flaws import Artefact, ProhibitedSign
-from model.scene_grammar import HELD_OUT_PAIRS, Colour, Kind, holds_held_out_pair
+from model.scene_grammar import HELD_OUT_PAIRS, Colour, Kind, Mismatch, holds_held_out_pair
 from model.scene_splits import Split
 from model.scenes import SceneTruth, draw
 from tests.random_adapter import write_adapter
@@ -60,7 +61,8 @@ scenes: {sizes: [[64, 64], [128, 64], [64, 96]], prompt_share: 0.6, mismatch_sha
 tower: {batch: 4, micro_batch: 2, steps: 4, warmup: 2, rate: 2.0e-3, last_rate: 0.1, beta1: 0.9, beta2: 0.98,
         weight_decay: 0.1, clip: 1.0, fine_crops: 1}
 captions: {batch: 4, micro_batch: 2, steps: 6, warmup: 2, rate: 2.0e-3, last_rate: 0.1, beta1: 0.9, beta2: 0.98,
-           weight_decay: 0.1, clip: 1.0, prompt_weight: 0.5, match_weight: 3.0}
+           weight_decay: 0.1, clip: 1.0, prompt_weight: 0.5, match_weight: 3.0,
+           word_weight: 1.0}
 reporting: {log_steps: 1, save_seconds: 1000, validate_steps: 1000, scenes: 6}
 """)
 
@@ -137,11 +139,34 @@ def test_a_sample_is_what_the_reward_sees_and_then_a_true_caption(tmp_path: Path
         match = FIELDS.index(Field.MATCH)
         assert (sample.weights[len(seen) :] == np.where(sample.fields[len(seen) :] == match, 3, 1)).all()
         assert (match in sample.fields) == has_prompt
+        is_prompt = np.zeros(len(ids), dtype=bool)
+        is_prompt[len(seen) - len(prompt) : len(seen)] = has_prompt
+        assert ((sample.wrong != NO_WORD) == is_prompt).all()
         is_true = has_prompt and scene.truth.mismatch is None
         assert (sample.weights[len(seen) - len(prompt) : len(seen)] == (0.5 if is_true else 0)).all()
         assert not sample.weights[: len(seen) - len(prompt)].any()
         assert (sample.fields[: len(seen)] == NO_FIELD).all()
         assert {FIELDS[field] for field in sample.fields if field != NO_FIELD} >= {"artefact", "colour", "style"}
+
+
+def test_a_prompt_is_wrong_from_the_first_word_that_is(tmp_path: Path) -> None:
+    samples, config = _samples(tmp_path, length=200), _config(tmp_path)
+    tokenizer = PromptTokenizer(tmp_path / "tokenizer.json")
+    ends = []
+    for number in range(120):
+        scene, has_prompt = draw_scene(Split.TRAINING, number, config.scenes)
+        if not has_prompt:
+            continue
+        wrong = samples[number].wrong
+        words = wrong[wrong != NO_WORD].tolist()
+        assert words == sorted(words)  # once wrong, it stays so
+        ends.append((words[-1] == 1, scene.truth.mismatch))
+        if scene.truth.mismatch is Mismatch.COLOUR:
+            first = tokenizer.after_image(scene.prompt)[words.index(1)]
+            words_of_colour = [*Colour, "a", "an", "A", "An"]  # a red car, an orange one
+            assert first in {tokenizer.inner_ids(word)[-1] for word in words_of_colour}
+    assert all(is_wrong == (mismatch is not None) for is_wrong, mismatch in ends)
+    assert {mismatch for _, mismatch in ends} == {None, *Mismatch}
 
 
 def test_cells_say_where_things_are() -> None:
@@ -170,7 +195,7 @@ def test_cells_by_crop() -> None:
     #   4 5 | 6 7
     cells = np.arange(12, dtype=np.uint8)[:, None]
     none = np.zeros(0)
-    sample = Sample(np.zeros((32, 64, 3), dtype=np.uint8), none, none, none, cells, np.array([1, 0]))
+    sample = Sample(np.zeros((32, 64, 3), dtype=np.uint8), none, none, none, none, cells, np.array([1, 0]))
     assert cells_by_crop(sample, 32, 2)[..., 0].tolist() == [[8, 9, 10, 11], [0, 1, 4, 5], [2, 3, 6, 7]]
 
 
@@ -274,7 +299,7 @@ def _recorded(run: Pretraining, stop_after: int | None = None) -> list[dict[str,
 def test_a_resumed_run_is_the_undisturbed_one(tmp_path: Path, cut: int) -> None:
     whole = Pretraining(tmp_path / "whole", _config(tmp_path / "whole"), workers=0)
     expected = _recorded(whole)
-    assert [set(losses) for losses in expected] == [{"cells"}] * 4 + [{"loss"}] * 6
+    assert [set(losses) for losses in expected] == [{"cells"}] * 4 + [{"loss", "words"}] * 6
 
     first = Pretraining(tmp_path / "cut", _config(tmp_path / "cut"), workers=0)
     found = list(_recorded(first, stop_after=cut))
@@ -370,7 +395,11 @@ def test_measuring_counts_what_is_right(tmp_path: Path) -> None:
     # With its embeddings zero the network finds all tokens equally likely, and the first of them is never right.
     with torch.no_grad():
         network.model.embed_tokens.weight.zero_()
+        network.words.weight.zero_()
+        network.words.bias.fill_(1.0)  # every prompt is found wrong
     found = measure_captions(network, [network.see(batch[:4]), network.see(batch[4:])])
+    prompts = [sample.wrong[sample.wrong != NO_WORD][-1] for sample in batch if (sample.wrong != NO_WORD).any()]
+    assert found["prompt"] == pytest.approx(np.mean(prompts))
     assert found["loss"] == pytest.approx(math.log(832), rel=1e-5)
     assert {found[name] for name in ("exact", "colour", "kind", "match")} == {0.0}
     # Asked for that very token it is always right.

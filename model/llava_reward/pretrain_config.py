@@ -62,11 +62,13 @@ class CaptionStage(Stage):
     """All but the tower learns to caption.
 
     A token of the caption weighs 1. match_weight: of a word on whether the prompt is right, at least 1: all others are
-    read off the image, these alone off both. prompt_weight: of a token of a true prompt, below 1.
+    read off the image, these alone off both. prompt_weight: of a token of a true prompt, below 1. word_weight: of
+    saying at a word of a prompt whether the image contradicts it yet, against the mean of all tokens.
     """
 
     prompt_weight: float
     match_weight: float
+    word_weight: float
 
 
 @dataclass(frozen=True)

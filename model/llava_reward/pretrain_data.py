@@ -25,10 +25,11 @@ from model.scene_captions import Caption, Field, caption_of
 from model.scene_flaws import Artefact, HarmlessSign, ProhibitedSign
 from model.scene_grammar import HELD_OUT_PAIRS, Background, Colour, Kind, SceneSpec, Style, possible_mismatches
 from model.scene_splits import Split, belongs, candidate_seeds
-from model.scenes import Scene, SceneTruth, asked_spec, draw, shown_spec
+from model.scenes import Scene, SceneTruth, asked_spec, draw, prompt_of, shown_spec
 
 FIELDS = tuple(Field)
 NO_FIELD = -1
+NO_WORD = -1
 _MATCH = FIELDS.index(Field.MATCH)
 
 _SIGNS = (*ProhibitedSign, *HarmlessSign)
@@ -62,6 +63,8 @@ class Sample:
     - pixels: ``(H, W, 3)`` uint8; input_ids: ``(n,)`` int64
     - weights: ``(n,)`` float32, of predicting this token from those before; 0 where nothing is asked
     - fields: ``(n,)`` int8, the place in ``FIELDS`` of what a caption token tells, or ``NO_FIELD``
+    - wrong: ``(n,)`` int8, of each token of a prompt whether the prompt up to it contradicts the image (1, else 0);
+      ``NO_WORD`` elsewhere
     - cells: ``(q, v)`` uint8, 1 where ``LABELS`` are seen, in the order of the tower's merged tokens
     - crop_order: ``(crops,)`` int64, their numbers shuffled: who looks at some of the crops takes the first of these
     """
@@ -70,6 +73,7 @@ class Sample:
     input_ids: np.ndarray
     weights: np.ndarray
     fields: np.ndarray
+    wrong: np.ndarray
     cells: np.ndarray
     crop_order: np.ndarray
 
@@ -92,24 +96,35 @@ class SceneSamples(Dataset[Sample]):
         layout = hd_layout(*scene.image.size, num_crops=self._sizes.num_crops, crop_size=self._sizes.crop)
         picture = hd_transform(scene.image, num_crops=self._sizes.num_crops, crop_size=self._sizes.crop)
         cells = cell_labels(scene, layout, 2 * self._sizes.patch, self._sizes.crop)
-        ids, weights, fields = self._text(scene, has_prompt, _image_tokens(layout, self._sizes))
+        text = self._text(scene, has_prompt, _image_tokens(layout, self._sizes))
         crops = layout.padded[0] * layout.padded[1] // self._sizes.crop**2
         crop_order = np.array(Random(f"crops:{number}").sample(range(crops), crops))  # noqa: S311  not secret
-        return Sample(np.array(picture), ids, weights, fields, cells, crop_order)
+        return Sample(np.array(picture), *text, cells, crop_order)
 
-    def _text(self, scene: Scene, has_prompt: bool, image_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _text(
+        self, scene: Scene, has_prompt: bool, image_tokens: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """``input_ids``, ``weights``, ``fields`` and ``wrong`` of a sample."""
         before = [*self._tokenizer.before_image, *[IMAGE_TOKEN] * image_tokens]
         prompt = self._tokenizer.after_image(scene.prompt if has_prompt else "")
         # A prompt that the image contradicts is no caption of it.
         is_true = has_prompt and scene.truth.mismatch is None
         caption, fields = caption_tokens(caption_of(scene, has_prompt=has_prompt), self._tokenizer)
         weights = [0.0] * len(before) + [self._stage.prompt_weight if is_true else 0.0] * len(prompt)
+        after = len(caption) + (0 if has_prompt else len(prompt))
         weights += [self._stage.match_weight if field == _MATCH else 1.0 for field in fields]
         return (
             np.array([*before, *prompt, *caption], dtype=np.int64),
             np.array(weights, dtype=np.float32),
             np.array([NO_FIELD] * (len(before) + len(prompt)) + fields, dtype=np.int8),
+            np.array([NO_WORD] * len(before) + self._wrong(scene, prompt) * has_prompt + [NO_WORD] * after, np.int8),
         )
+
+    def _wrong(self, scene: Scene, prompt: list[int]) -> list[int]:
+        """From the first word on in which it is not the prompt that describes what is shown, in the same wording."""
+        true = self._tokenizer.after_image(prompt_of(scene.seed, scene.shown))
+        same = next((n for n, (a, b) in enumerate(zip(prompt, true, strict=False)) if a != b), len(prompt))
+        return [0] * same + [1] * (len(prompt) - same)
 
 
 def draw_scene(split: Split, number: int, scenes: Scenes) -> tuple[Scene, bool]:

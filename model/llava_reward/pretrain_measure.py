@@ -25,6 +25,7 @@ def measure_captions(network: PretrainNetwork, batches: Iterable[Sequence[SeenSa
     """Over all samples of ``batches``.
 
     - loss: mean cross-entropy of a caption token in nats
+    - prompt: share of prompts at whose end it is known whether the image contradicts them
     - exact: share of captions of which every token is the likeliest one
     - one of each ``Field``: share of its tokens that are the likeliest
     """
@@ -34,10 +35,13 @@ def measure_captions(network: PretrainNetwork, batches: Iterable[Sequence[SeenSa
     network.eval()
     with torch.inference_mode():
         for seen in batches:
-            _count([one.sample for one in seen], network(seen), right, asked, sums)
+            said = network(seen)
+            _count([one.sample for one in seen], said, right, asked, sums)
+            asked["prompt"] += int(said.ends.sum())
+            right["prompt"] += int(((said.wrong > 0) == said.is_wrong.bool())[said.ends].sum())
     network.train()
     return {"loss": sums["loss"] / asked["loss"]} | {
-        name: right[name] / asked[name] for name in ("exact", *FIELDS) if asked[name]
+        name: right[name] / asked[name] for name in ("prompt", "exact", *FIELDS) if asked[name]
     }
 
 

@@ -1,7 +1,8 @@
 """A small phi3v that learns to caption: the reward's own tower, projector and layers, with two heads for training.
 
-The language-model head is the embedding itself, so it adds no weights; the head that says what each cell of the
-image shows is dropped with training. What is written is a backbone folder in the published layout.
+The language-model head is the embedding itself, so it adds no weights; the heads that say what each cell of the image
+shows, and whether the image contradicts a prompt, are dropped with training. What is written is a backbone folder in
+the published layout.
 
 Letters: b: samples, n: tokens, h: hidden size, k: crops, c: side of a crop, m: cells per side of a crop,
 v: labels of a cell.
@@ -26,7 +27,7 @@ from model.llava_reward.backbones.phi3v import Phi3VModel, read_backbone
 from model.llava_reward.backbones.phi3v_vision import merge_patches
 from model.llava_reward.backbones.pictures import Pictures
 from model.llava_reward.pixels import crops_from_pixels
-from model.llava_reward.pretrain_data import LABELS, Sample, cells_by_crop
+from model.llava_reward.pretrain_data import LABELS, NO_WORD, Sample, cells_by_crop
 
 _STORED = torch.bfloat16
 _VISION = "model.vision_embed_tokens."
@@ -46,12 +47,17 @@ class Predictions:
 
     - losses: ``(asked,)`` cross-entropy of each asked token, in nats; guesses: ``(asked,)`` the likeliest ids
     - asked: ``(b, n)`` bool, the tokens that were asked; weights: ``(asked,)``
+    - wrong: ``(words,)`` logits of the prompts' tokens that the prompt up to there contradicts the image; is_wrong:
+      ``(words,)`` float32, whether it does; ends: ``(words,)`` bool, which are end tokens
     """
 
     losses: Tensor
     guesses: Tensor
     asked: Tensor
     weights: Tensor
+    wrong: Tensor
+    is_wrong: Tensor
+    ends: Tensor
 
 
 class Bf16Linear(nn.Linear):
@@ -81,6 +87,7 @@ class PretrainNetwork(nn.Module):
         self.vision = vision.to_empty(device="cpu")
         self.model = model.to_empty(device="cpu")
         self.cells = nn.Linear(4 * self.backbone.clip.hidden_size, len(LABELS))
+        self.words = nn.Linear(self.backbone.hidden_size, 1)
         _initialise(self, torch.Generator().manual_seed(seed))
         if is_mixed:
             for module in self.modules():
@@ -132,7 +139,11 @@ class PretrainNetwork(nn.Module):
         # The state before a token predicts it.
         said = hidden[:, :-1][asked[:, 1:]] @ self.model.embed_tokens.weight.T
         losses = F.cross_entropy(said.float(), run.input_ids[asked], reduction="none")
-        return Predictions(losses, said.argmax(-1), asked, weights[asked])
+        labels = pad_sequence([torch.from_numpy(s.wrong) for s in samples], batch_first=True, padding_value=NO_WORD)
+        words = labels != NO_WORD
+        wrong = self.words(hidden[words])[:, 0].float()
+        ends = (words & ~F.pad(words[:, 1:], (0, 1)))[words]
+        return Predictions(losses, said.argmax(-1), asked, weights[asked], wrong, labels[words].float(), ends)
 
     def write(self, folder: Path) -> None:
         """The trained backbone in bfloat16 beside its configuration files, whole or not at all."""

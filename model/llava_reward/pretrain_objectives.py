@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.llava_reward.pretrain_config import CaptionStage, Stage, TowerStage
-from model.llava_reward.pretrain_data import NEVER_TOGETHER, Sample
+from model.llava_reward.pretrain_data import NEVER_TOGETHER, NO_WORD, Sample
 from model.llava_reward.pretrain_measure import measure_captions, measure_cells
 from model.llava_reward.pretrain_network import PretrainNetwork, SeenSample
 from model.llava_reward.training.schedule import learning_rate_factor
@@ -85,7 +85,7 @@ class SeeingCells:
 
 
 class Captioning:
-    """All but the tower learns to say the caption.
+    """All but the tower learns to say the caption, and at each word of a prompt whether the image contradicts it yet.
 
     The tower stays as it is, as it does in every published reward recipe, and so runs where the samples are drawn.
     """
@@ -103,10 +103,12 @@ class Captioning:
         # Texts of similar length go together, so that little is padding; the sums below do not depend on it.
         ordered = sorted(batch, key=lambda seen: len(seen.sample.input_ids))
         total = float(sum(seen.sample.weights.sum() for seen in batch))
+        words = max(1, sum(int((seen.sample.wrong != NO_WORD).sum()) for seen in batch))
         for part in _parts(ordered, self.stage.micro_batch):
             said = self.network(part)
             text: Tensor = (said.losses * said.weights).sum() / total
-            yield Losses(text, {"loss": text})
+            wrong = F.binary_cross_entropy_with_logits(said.wrong, said.is_wrong, reduction="sum") / words
+            yield Losses(text + self.stage.word_weight * wrong, {"loss": text, "words": wrong})
 
     def measure(self, batches: Iterable[Sequence[SeenSample]]) -> dict[str, float]:
         return measure_captions(self.network, batches)
