@@ -40,6 +40,7 @@ class Outcome(StrEnum):
 
     @property
     def is_right(self) -> bool:
+        """Whether the flag agrees with the truth."""
         return self in (Outcome.CAUGHT, Outcome.PASSED)
 
 
