@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import pyarrow as pa
 
 from jobs import report
 from jobs.demo_data import DemoNight, write_demo_night
+from jobs.demo_gallery import gallery
+from jobs.demo_truth import COLUMNS, agreements, cells, plain_rows
 from jobs.local_stack import LocalStack
 from jobs.manifest import Manifest
 from jobs.query import as_text, run_query
@@ -71,8 +74,11 @@ def _demo(work_dir: Path, rows: int) -> int:
         say(f"[{time.monotonic() - started:4.0f} s] published and verified")
         _copy(output, published)
         _show(str(published), manifest, night)
+    page = (work_dir / "gallery.html").absolute()
+    _compare_with_truth(str(published), manifest, night, page)
     # The S3 server holds its objects in memory, so the published night was copied out of it.
-    say(f"\nthe Parquet lies in {published}; ask it something:")
+    say(f"\nright and wrong cases of each perspective, with their images, to open in a browser: {page}")
+    say(f"the Parquet lies in {published}; ask it something:")
     say(f'  .venv/bin/assay query --output {published} "FROM scores SELECT verdict, count(*) GROUP BY 1"')
     say(f"the demonstration took {time.monotonic() - started:.0f} s; everything that it started is stopped")
     return EXIT_OK
@@ -121,6 +127,18 @@ def _show(output: str, manifest: Manifest, night: DemoNight) -> None:
     say(f"\n{right} of {len(night.hard_rows)} hard rows ended as they should, and none cost another row")
     if not manifest.is_trained:
         say("the rewards come from the shipped checkpoint, which is UNTRAINED: they show the machinery, not quality")
+
+
+def _compare_with_truth(output: str, manifest: Manifest, night: DemoNight, page: Path) -> None:
+    """Prints how the rewards agree with what was drawn, and writes the gallery."""
+    policy, rows = load_policy(POLICY), plain_rows(output, night)
+    found = agreements(rows, policy)
+    table = pa.Table.from_pylist([cells(one) for one in found], pa.schema([(name, pa.string()) for name in COLUMNS]))
+    say(f"\nhow the rewards agree with what was drawn: {len(rows)} plain rows\n{as_text(table)}")
+    say("ordered rightly: chance that of two scenes the better has the higher reward (area under ROC); 0.5 is guessing")
+    lost = night.row_count - len(night.hard_rows) - len(rows)
+    left_out = f"Left out are the night's {len(night.hard_rows)} hard rows and {lost} plain rows that are dead letters."
+    page.write_text(gallery(found, manifest, policy, left_out), encoding="utf-8")
 
 
 def _table(output: str, title: str, sql: str) -> None:

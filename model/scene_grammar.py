@@ -262,6 +262,11 @@ def noun_phrase(group: Group) -> str:
     return f"{_article(phrase) if group.count == 1 else _NUMBERS[group.count]} {phrase}"
 
 
+def place_phrase(background: Background) -> str:
+    """The background as prompts name it: ``on a beach``."""
+    return _WHERE[background][0]
+
+
 def _restated(group: Group) -> str:
     if group.count == 1:
         colour = f"wears {group.colour}" if group.kind is Kind.PERSON else f"is {group.colour}"

@@ -114,7 +114,7 @@ def draw(seed: int, *, size: tuple[int, int] = (512, 512), truth: SceneTruth | N
         raise ValueError(f"size {size} is below 64 pixels; nothing would be recognisable")
     asked = asked_spec(seed)
     if truth is None:
-        truth = _sample_truth(asked, seed)
+        truth = truth_of(seed)
     shown = shown_spec(seed, truth.mismatch)
     if truth.artefact is Artefact.WRONG_ANATOMY and not _has_person(shown):
         raise ValueError(f"scene {seed} shows no person whose anatomy could be wrong")
@@ -137,6 +137,18 @@ def shown_spec(seed: int, mismatch: Mismatch | None) -> SceneSpec:
     return _shown(asked_spec(seed), mismatch, seed)
 
 
+def truth_of(seed: int) -> SceneTruth:
+    """What is wrong with the scene of ``seed`` where no truth is asked for; nothing is drawn."""
+    asked, random = asked_spec(seed), _random("truth", seed)
+    mismatch = random.choice(possible_mismatches(asked)) if random.random() < _MISMATCH_SHARE else None
+    artefacts = list(Artefact)
+    if not _has_person(_shown(asked, mismatch, seed)):
+        artefacts.remove(Artefact.WRONG_ANATOMY)
+    artefact = random.choice(artefacts) if random.random() < _ARTEFACT_SHARE else None
+    sign = random.choice(list(ProhibitedSign)) if random.random() < _SIGN_SHARE else None
+    return SceneTruth(mismatch, artefact, sign)
+
+
 def possible_truths(seed: int) -> Iterator[SceneTruth]:
     """Every truth that the scene of ``seed`` can have, the right one first."""
     asked = sample_spec(_random("spec", seed))
@@ -151,17 +163,6 @@ def _random(purpose: str, seed: int) -> Random:
     # One stream for each purpose: asking for a flaw must not move anything else. Text seeds are hashed with
     # SHA-512 by ``random``, the same in every process.
     return Random(f"{purpose}:{seed}")  # noqa: S311
-
-
-def _sample_truth(asked: SceneSpec, seed: int) -> SceneTruth:
-    random = _random("truth", seed)
-    mismatch = random.choice(possible_mismatches(asked)) if random.random() < _MISMATCH_SHARE else None
-    artefacts = list(Artefact)
-    if not _has_person(_shown(asked, mismatch, seed)):
-        artefacts.remove(Artefact.WRONG_ANATOMY)
-    artefact = random.choice(artefacts) if random.random() < _ARTEFACT_SHARE else None
-    sign = random.choice(list(ProhibitedSign)) if random.random() < _SIGN_SHARE else None
-    return SceneTruth(mismatch, artefact, sign)
 
 
 def _shown(asked: SceneSpec, mismatch: Mismatch | None, seed: int) -> SceneSpec:

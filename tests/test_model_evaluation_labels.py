@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
 
-from model.evaluation.labels import precision_recall_curve, ranking_measures, roc_curve, threshold_measures
+from model.evaluation.labels import (
+    concordance,
+    precision_recall_curve,
+    ranking_measures,
+    roc_curve,
+    threshold_measures,
+)
 
 ROWS = st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=2, max_size=40)
 
@@ -54,6 +60,32 @@ def test_a_class_without_images_leaves_measures_undefined(rows):
     only_safe = np.ones(len(rewards), dtype=bool)
     assert set(ranking_measures(only_safe, rewards).values()) == {None}
     assert threshold_measures(only_safe, rewards, 0.0)["recall_unsafe"] is None
+
+
+def test_concordance_over_grades_by_hand():
+    grades, rewards = np.array([0, 3, 3, 7]), np.array([1.0, 1.0, 0.0, 2.0])
+    # Five pairs of different grades: 0 and 3 tie (a half), 0 and the other 3 are wrong, 7 is above all three.
+    assert concordance(grades, rewards) == pytest.approx((0.5 + 0 + 1 + 1 + 1) / 5)
+    assert concordance(grades[:3], np.full(3, 4.0)) == 0.5
+    assert concordance(np.array([3, 3]), np.array([0.0, 1.0])) is None
+    assert concordance(np.array([], dtype=np.int64), np.array([])) is None
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(-3, 3)), min_size=2, max_size=30))
+def test_concordance_is_that_of_all_pairs(rows):
+    pairs = [(a, b) for a in rows for b in rows if a[0] < b[0]]
+    grades, rewards = zip(*rows, strict=True)
+    found = concordance(np.asarray(grades), np.asarray(rewards, dtype=float))
+    wins = sum(1.0 if a[1] < b[1] else 0.5 if a[1] == b[1] else 0.0 for a, b in pairs)
+    assert found == (pytest.approx(wins / len(pairs)) if pairs else None)
+
+
+@settings(deadline=None)
+@given(ROWS)
+def test_concordance_of_two_grades_is_the_area_under_roc(rows):
+    is_safe, rewards = _columns(rows)
+    assert concordance(is_safe.astype(np.int64), rewards) == ranking_measures(is_safe, rewards)["roc_auc"]
 
 
 def test_curves():

@@ -26,7 +26,7 @@ from model.scene_grammar import (
     sample_spec,
 )
 from model.scene_shapes import PALETTE, paint
-from model.scenes import SIZES, Scene, SceneTruth, draw, possible_truths
+from model.scenes import SIZES, Scene, SceneTruth, draw, possible_truths, truth_of
 
 SMALL = (128, 128)
 SEEDS = range(40)
@@ -82,6 +82,12 @@ def test_sizes(size: tuple[int, int]) -> None:
 def test_too_small_to_recognise_is_refused() -> None:
     with pytest.raises(ValueError, match="below 64"):
         draw(0, size=(512, 63))
+
+
+def test_the_truth_is_known_without_drawing() -> None:
+    truths = [truth_of(seed) for seed in SEEDS]
+    assert truths == [draw(seed, size=SMALL).truth for seed in SEEDS]
+    assert len(set(truths)) > 5
 
 
 def test_prompt_and_layout_do_not_depend_on_the_truth() -> None:

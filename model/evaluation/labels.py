@@ -8,10 +8,11 @@ Letter: n images.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
-from model.evaluation.libraries import Bools, Floats, library
+from model.evaluation.libraries import Bools, Floats, Ints, library
 
 Measured = dict[str, float | None]
 
@@ -44,6 +45,20 @@ def _roc_auc(is_safe: Bools, rewards: Floats) -> float:
     safe = int(is_safe.sum())
     wins = float(ranks[is_safe].sum()) - safe * (safe + 1) / 2
     return wins / (safe * (len(is_safe) - safe))
+
+
+def concordance(grades: Ints, rewards: Floats) -> float | None:
+    """Chance that of two images of different grades the better has the higher reward; a tie counts half.
+
+    ``(n,)`` each, a higher grade is better. With two grades it is the area under the ROC curve; None with one.
+    """
+    wins, pairs = 0.0, 0
+    for worse, better in combinations(np.unique(grades), 2):
+        kept = (grades == worse) | (grades == better)
+        of_both = int((grades == worse).sum()) * int((grades == better).sum())
+        wins += _roc_auc(grades[kept] == better, rewards[kept]) * of_both
+        pairs += of_both
+    return wins / pairs if pairs else None
 
 
 def threshold_measures(is_safe: Bools, rewards: Floats, threshold: float) -> Measured:
