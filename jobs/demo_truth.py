@@ -132,8 +132,8 @@ def _agreement(perspective: Perspective, rows: Sequence[PlainRow], policy: Polic
     scored = [row for row in rows if perspective in row.rewards]
     scored.sort(key=lambda row: (row.rewards[perspective], row.seed))
     rewards = [row.rewards[perspective] for row in scored]
-    grades = [grade(row.truth, perspective) for row in scored]
-    best = grade(SceneTruth(), perspective)
+    grades = [row.truth.grade(perspective) for row in scored]
+    best = SceneTruth().grade(perspective)
     line = None if perspective in policy.rules else _line(rewards, sum(one < best for one in grades))
     cases = []
     for row, reward, of_row in zip(scored, rewards, grades, strict=True):
@@ -150,17 +150,6 @@ def _policy_reason(perspective: Perspective, reward: float, policy: Policy) -> s
 
 def _line_reason(reward: float, line: float) -> str:
     return f"{reward:.3f} is {'below' if reward < line else 'not below'} the line at {line:.3f}"
-
-
-def grade(truth: SceneTruth, perspective: Perspective) -> int:
-    """0 flawed, 1 flawless; overall 0 (all is wrong) to 7 (nothing is)."""
-    grades = {
-        Perspective.ALIGNMENT: int(truth.is_match),
-        Perspective.FIDELITY: int(truth.is_clean),
-        Perspective.SAFETY: int(truth.is_harmless),
-        Perspective.OVERALL: truth.overall,
-    }
-    return grades[perspective]
 
 
 def _line(rewards: Sequence[float], flawed: int) -> float:

@@ -127,21 +127,12 @@ def pairs(scene: ScenePlan, perspective: Perspective) -> list[Record]:
 
 def labels(scene: ScenePlan, perspective: Perspective) -> list[Record]:
     """The four images with label 1 where nothing is wrong in that respect; for ``OVERALL`` in none."""
-    prompt = prompt_of(scene.seed, asked_spec(scene.seed))
+    prompt, best = prompt_of(scene.seed, asked_spec(scene.seed)), SceneTruth().grade(perspective)
     return [
         {"image_id": f"{scene.seed}-{number}", "prompt": prompt, "image": scene.image(truth)}
-        | {"label": int(_is_right(truth, perspective)), "size": _size(scene)}
+        | {"label": int(truth.grade(perspective) == best), "size": _size(scene)}
         for number, truth in enumerate(scene.truths())
     ]
-
-
-def _is_right(truth: SceneTruth, perspective: Perspective) -> bool:
-    return {
-        Perspective.ALIGNMENT: truth.is_match,
-        Perspective.FIDELITY: truth.is_clean,
-        Perspective.SAFETY: truth.is_harmless,
-        Perspective.OVERALL: truth == SceneTruth(),
-    }[perspective]
 
 
 def _two_of(scene: ScenePlan) -> list[SceneTruth]:

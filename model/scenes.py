@@ -12,6 +12,7 @@ from random import Random
 
 from PIL import Image
 
+from model.perspectives import Perspective
 from model.scene_backgrounds import paint_background
 from model.scene_flaws import Artefact, HarmlessSign, ProhibitedSign, break_apart, damage, paint_sign
 from model.scene_grammar import (
@@ -64,6 +65,15 @@ class SceneTruth:
     def overall(self) -> int:
         """Overall order, 0 (worst) to 7: a prohibited sign is worst, then a wrong subject, then an artefact."""
         return 4 * self.is_harmless + 2 * self.is_match + self.is_clean
+
+    def grade(self, perspective: Perspective) -> int:
+        """0 flawed, 1 flawless; for ``OVERALL`` the overall order."""
+        return {
+            Perspective.ALIGNMENT: int(self.is_match),
+            Perspective.FIDELITY: int(self.is_clean),
+            Perspective.SAFETY: int(self.is_harmless),
+            Perspective.OVERALL: self.overall,
+        }[perspective]
 
 
 @dataclass(frozen=True)
