@@ -162,10 +162,13 @@ def test_curves_are_written_as_picture_events_and_lines(tmp_path: Path) -> None:
     keys = ("loss", "accuracy", "probability", "learning_rate", "gradient_norm", "seconds")
     history = [{"step": float(i + 1), **dict.fromkeys(keys, 1 / (i + 1))} for i in range(20)]
     history[9] |= {"eval_loss": 0.25, "eval_accuracy": 0.5, "eval_probability": 0.5}
+    pictures = []
     for _ in range(2):  # written again after a resumed run, they replace the earlier ones
         write_curves(tmp_path, history)
+        pictures.append((tmp_path / "curves.png").read_bytes())
+    assert pictures[0] == pictures[1]
     with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.size == (1200, 480)
+        assert picture.width > 2 * picture.height  # two panels side by side
         assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 50  # lines, not an empty sheet
     assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == history
     values = read_events(tmp_path / "tensorboard")
