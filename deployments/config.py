@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from model.errors import ConfigError
-from model.modes import EXACT, check_mode
+from model.modes import EXACT, checked_settings
 from model.scorer import DTYPES
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -98,13 +98,7 @@ class ServeArgs(_Strict):
             raise ValueError(f"{value!r} is not one of {', '.join(DTYPES)}")
         return value
 
-    @model_validator(mode="after")
-    def _mode_goes_with_dtype(self) -> Self:
-        try:
-            check_mode(self.mode, self.dtype, self.adapters)
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
-        return self
+    _mode_goes_with_dtype = model_validator(mode="after")(checked_settings)
 
     @model_validator(mode="after")
     def _a_full_request_fits_the_queue(self) -> Self:

@@ -16,7 +16,7 @@ import yaml
 from jobs import plots
 from jobs.data_options import fields_of, labels_of
 from jobs.evaluation_report import ScorerFacts, scorers_table
-from jobs.people import Kind, People, read_people
+from jobs.people import OpinionKind, People, read_people
 from jobs.query import printable
 from jobs.score_sources import add_source_arguments, perspective, read_sources
 from jobs.scored import Scored
@@ -83,7 +83,7 @@ def run_calibrate(arguments: argparse.Namespace, say: Say) -> Outcome:
     """Calibrate and write the folder. Raises ``ConfigError``, also with how many labels are still needed."""
     claim = Claim(arguments.alpha, arguments.delta, Bound(arguments.bound))
     people = read_people(arguments.data, fields_of(arguments), labels_of(arguments))
-    if people.kind is not Kind.LABELS:
+    if people.kind is not OpinionKind.LABELS:
         raise ConfigError(f"--data {arguments.data} holds {people.kind}; calibration takes labels (1 safe, 0 unsafe)")
     check_enough(sum(one.human["label"] == 0 for one in people.opinions), claim)  # before any scoring
     columns = read_sources(arguments, people, [arguments.perspective], say)

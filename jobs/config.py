@@ -6,14 +6,14 @@ import argparse
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from model import storage
 from model.errors import ConfigError
-from model.modes import EXACT, MODES, check_mode
+from model.modes import EXACT, MODES, checked_settings
 from model.scorer import SHIPPED
 
 # Fields of a generation that a log column can be mapped to.
@@ -121,13 +121,7 @@ class JobConfig(BaseModel):
                 raise ValueError(f"{name!r} cannot be dropped or hashed; use {', '.join(PRIVATE_COLUMNS)}")
         return value
 
-    @model_validator(mode="after")
-    def _mode_goes_with_dtype(self) -> Self:
-        try:
-            check_mode(self.mode, self.dtype, self.adapters)
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
-        return self
+    _mode_goes_with_dtype = model_validator(mode="after")(checked_settings)
 
     def column_of(self, field: str) -> str:
         """Name of the log column that holds ``field``."""

@@ -13,7 +13,7 @@ from jobs import plots
 from jobs.data_options import fields_of, labels_of
 from jobs.evaluate_parts import Asked, Parts, build_parts
 from jobs.evaluation_report import Report, ScorerFacts, write_report
-from jobs.people import Kind, People, read_people
+from jobs.people import OpinionKind, People, read_people
 from jobs.score_sources import add_source_arguments, perspective, read_sources
 from jobs.scored import Scored
 from model.errors import ConfigError
@@ -95,12 +95,12 @@ def _notes(people: People, scored: list[Scored], asked: Asked, resampling: Resam
         "Rows without a reward are left out of a scorer's measures and counted as missing"
         + ("." if asked.fill == "none" else "; in correlations gaps have the mean of their column (--fill mean)."),
     ]
-    if people.kind is Kind.RATINGS:
+    if people.kind is OpinionKind.RATINGS:
         gaps = {rater: sum(one.human[rater] is None for one in people.opinions) for rater in people.raters}
         notes += [
             f"{count} of {len(people.opinions)} records have no number from {r}." for r, count in gaps.items() if count
         ]
-    if people.kind is Kind.LABELS and asked.threshold is None:
+    if people.kind is OpinionKind.LABELS and asked.threshold is None:
         notes.append(
             "Accuracy, F1 and recall need a threshold: 0 for heads that are known to be trained on labels; for others "
             "give --threshold, or find one with assay calibrate."
@@ -121,7 +121,7 @@ def _pictures(people: People, scored: list[Scored], tables: dict[str, list[Measu
             levels = {next((v for name, v in chances.items() if one.metric.startswith(name)), None) for one in measures}
             chance = levels.pop() if len(levels) == 1 else None
             pictures[f"measures-{number}.png"] = plots.measures_plot(measures, title, chance)
-    if people.kind is Kind.LABELS:
+    if people.kind is OpinionKind.LABELS:
         pictures |= _curves(people, scored)
     return pictures
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jobs.people import Kind, Opinion, People
+from jobs.people import Opinion, OpinionKind, People
 from jobs.scored import NOT_IN_SCORES, Scored, as_meaning
 from model.errors import ConfigError
 from model.evaluation.correlation import FILLS, fill_missing
@@ -48,11 +48,11 @@ class Asked:
 
 def build_parts(people: People, scored: Sequence[Scored], asked: Asked) -> Parts:
     """Title -> parts that one table shows. Raises ``ConfigError`` for a scorer that cannot answer what people did."""
-    if people.kind is Kind.PAIRS:
+    if people.kind is OpinionKind.PAIRS:
         return {"Preference pairs": [_pairs(people, scored, asked)]}
     for one in scored:
         one.scalars()  # refuses a general-preference head
-    if people.kind is Kind.LABELS:
+    if people.kind is OpinionKind.LABELS:
         return _labels(people, scored, asked)
     return _ratings(people, scored, asked)
 

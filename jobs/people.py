@@ -35,7 +35,7 @@ _ASKED = ("chosen", "rejected", "label", "generations", "ranking")  # of pairs a
 Record = dict[str, Any]
 
 
-class Kind(StrEnum):
+class OpinionKind(StrEnum):
     """What people were asked."""
 
     PAIRS = "pairs"
@@ -73,7 +73,7 @@ class Opinion:
 class People:
     """All records of a file. ``raters``: the human columns, in order; ``sha256``: of the records."""
 
-    kind: Kind
+    kind: OpinionKind
     opinions: tuple[Opinion, ...]
     raters: tuple[str, ...]
     source: str
@@ -144,7 +144,7 @@ def _people(data: PreferenceData) -> People:
         else:
             opinions.append(_labelled(one, data.has_ids))
     is_pairs = data.kind == "paired"
-    kind, raters = (Kind.PAIRS, ()) if is_pairs else (Kind.LABELS, ("label",))
+    kind, raters = (OpinionKind.PAIRS, ()) if is_pairs else (OpinionKind.LABELS, ("label",))
     return People(kind, tuple(opinions), raters, data.source, data.sha256)
 
 
@@ -176,7 +176,7 @@ def _ratings(uri: str, records: list[Record], fields: Mapping[str, str], raters:
             opinions.append(Opinion((_rated(record, keys),), _numbers(record, keys, raters), record))
         except ValueError as error:
             raise ConfigError(f"{uri}, record {number}: {error}") from error
-    return People(Kind.RATINGS, tuple(opinions), tuple(raters) or ("rating",), uri, digest.hexdigest())
+    return People(OpinionKind.RATINGS, tuple(opinions), tuple(raters) or ("rating",), uri, digest.hexdigest())
 
 
 def _rated(record: Record, keys: Mapping[str, str]) -> Item:

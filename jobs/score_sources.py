@@ -8,7 +8,7 @@ from datetime import date
 
 from jobs.data_options import add_reading_options
 from jobs.fetch import FetchRules, allowed_buckets, check_image_root
-from jobs.people import MAPPED_FIELDS, Item, Kind, People, folder_of
+from jobs.people import MAPPED_FIELDS, Item, OpinionKind, People, folder_of
 from jobs.scored import Reading, Scored, from_file, from_night, from_scorer
 from model.errors import ConfigError
 from model.images import MAX_IMAGE_BYTES
@@ -83,7 +83,9 @@ def _reading(arguments: argparse.Namespace, root: str, people: People) -> Readin
     check_image_root(root)
     buckets = allowed_buckets(people.source, root, arguments.allow_bucket)
     return Reading(
-        FetchRules(root, buckets, MAX_IMAGE_BYTES, _CONCURRENCY), arguments.batch_size, people.kind is not Kind.PAIRS
+        FetchRules(root, buckets, MAX_IMAGE_BYTES, _CONCURRENCY),
+        arguments.batch_size,
+        people.kind is not OpinionKind.PAIRS,
     )
 
 

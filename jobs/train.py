@@ -28,8 +28,10 @@ from jobs.score_logs import EXIT_CONFIG, EXIT_OK, connect, fail, say
 from jobs.train_config import FLAGS, TrainConfig, build
 from jobs.train_curves import write_curves
 from jobs.train_data import TrainingData, read_training_data
+from jobs.train_output import STATE_FOLDER, claim, is_finished, upload
 from jobs.train_progress import Follow
 from jobs.train_worker import Task, base_of, lora_of, objective_of, read_state, train_worker
+from model import storage
 from model.code_version import code_version
 from model.errors import AssayError, ConfigError, DivergedError, InfrastructureError, InputError
 from model.llava_reward.backbones.families import read_backbone
@@ -38,7 +40,6 @@ from model.llava_reward.training.card import model_card
 from model.llava_reward.training.loop import State
 
 EXIT_DIVERGED = 1
-_STATE_FOLDER = "state"
 _POLL_S = "0.5"
 _LOCAL_CPUS = 8  # logical: Ray Train asks for places, not for cores
 
@@ -90,16 +91,23 @@ def train(config: TrainConfig, cluster: Callable[[], AbstractContextManager[None
 
     - raises: ``ConfigError``, ``DivergedError``, ``InputError``, ``InfrastructureError``
     """
-    out, base = Path(config.output), base_of(config)
+    out, base = config.folder, base_of(config)
     objective = objective_of(config, base.family)
     data, held_out = read_training_data(config, base, objective, say)
-    if (out / writer.SCORER_FILE).exists():
-        say(f"{out} is trained already; nothing to do")
+    is_uploaded = storage.is_s3(config.output)
+    if is_uploaded:
+        claim(config)
+    if is_finished(config):
+        say(f"{config.output} is trained already; nothing to do")
         return
-    with _held(out), cluster():
-        with Follow(out, say):
-            state = _fit(config, data, held_out, say)
-        _write(config, state, data, held_out, say)
+    with _held(out):
+        if not (out / writer.SCORER_FILE).exists():  # or it was trained before, and its upload broke off
+            with cluster():
+                with Follow(out, say):
+                    state = _fit(config, data, held_out, say)
+                _write(config, state, data, held_out, say)
+        if is_uploaded:
+            upload(config, say)
 
 
 @contextmanager
@@ -130,7 +138,7 @@ def _fit(config: TrainConfig, data: TrainingData, held_out: TrainingData | None,
             raise InfrastructureError(f"Ray Train failed: {error}; run the command again to go on") from error
         else:
             if result.checkpoint is None:
-                raise InfrastructureError(f"no state was saved in {config.output}/{_STATE_FOLDER}; run it again")
+                raise InfrastructureError(f"no state was saved in {config.folder}/{STATE_FOLDER}; run it again")
             with result.checkpoint.as_directory() as folder:
                 return read_state(Path(folder))
     raise AssertionError("unreachable: the last attempt returns or raises")
@@ -145,8 +153,8 @@ def _trainer(config: TrainConfig, task: Task) -> TorchTrainer:
             num_workers=config.workers, use_gpu=config.num_gpus > 0, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
-            name=_STATE_FOLDER,
-            storage_path=config.output,
+            name=STATE_FOLDER,
+            storage_path=str(config.folder),
             # Two: while one is being written, the other is whole.
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
@@ -181,12 +189,12 @@ def _write(
     config: TrainConfig, state: State, data: TrainingData, held_out: TrainingData | None, say: Callable[[str], None]
 ) -> None:
     """Everything but the state itself; ``scorer.json`` last."""
-    out, base = Path(config.output), base_of(config)
+    out, base = config.folder, base_of(config)
     keys = {} if base.bundle.skip_ca_keys is None else {"skip_ca_keys": base.bundle.skip_ca_keys}
     backbone = read_backbone(base.family, base.folder, **keys)
     objective = objective_of(config, base.family)
     trained = writer.Trained(config.perspective, base, objective, lora_of(config), state["parameters"])
-    name = config.name or out.name
+    name = config.checkpoint_name
     writer.write_adapter(out / config.perspective, trained, backbone, getattr(torch, config.dtype))
     write_curves(out, state["history"])
     scorer = writer.scorer_values(trained, name)

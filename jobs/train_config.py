@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from jobs.config import read_yaml
 from jobs.data_options import add_reading_options
@@ -17,7 +17,7 @@ from model.perspectives import Perspective
 # What may change between a run and its continuation: where and how fast, never what is computed.
 FREE = frozenset(
     {"workers", "num_cpus", "num_gpus", "threads", "strategy", "micro_batch", "checkpointing", "cache_gib"}
-    | {"prepare_threads", "save_every", "log_every", "max_restarts", "output", "name"}
+    | {"prepare_threads", "save_every", "log_every", "max_restarts", "output", "work", "name"}
 )
 
 # Flags and what they say; everything else stands in --config.
@@ -25,7 +25,8 @@ FLAGS = {
     "perspective": "alignment, fidelity, safety or overall",
     "data": "pairs or labels: JSON, JSONL or Parquet",
     "eval_data": "held-out records of the same kind",
-    "output": "folder of the new checkpoint, seen by all workers",
+    "output": "folder of the new checkpoint, seen by all workers; or in S3, with --work",
+    "work": "folder of the run, seen by all workers, where --output is in S3",
     "backbone": "checkpoint or backbone folder to train on top of",
     "image_root": "where relative image paths start",
     "loss": "bt, gpm, cls, or a released loss's name",
@@ -51,6 +52,7 @@ class TrainConfig(BaseModel):
     perspective: Perspective
     data: str
     output: str
+    work: str | None = None  # folder of the run where the output is in S3; a killed run goes on from it
     backbone: str  # a checkpoint, whose backbone is taken, or a backbone folder
     eval_data: str | None = None
     image_root: str | None = None
@@ -111,10 +113,41 @@ class TrainConfig(BaseModel):
 
     @field_validator("output")
     @classmethod
-    def _local_output(cls, value: str) -> str:
-        if "://" in value:
-            raise ValueError("must be a folder that every worker sees; upload it afterwards")
-        return str(Path(value).expanduser().absolute())
+    def _absolute_output(cls, value: str) -> str:
+        if storage.is_s3(value):
+            storage.split_s3(value)
+            return value.rstrip("/")
+        return str(storage.local_path(value).absolute())
+
+    @field_validator("work")
+    @classmethod
+    def _local_work(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value:
+            raise ValueError("must be a folder that every worker sees")
+        return None if value is None else str(Path(value).expanduser().absolute())
+
+    @model_validator(mode="after")
+    def _work_goes_with_s3(self) -> Self:
+        if storage.is_s3(self.output) and self.work is None:
+            raise ValueError(
+                f"output={self.output} takes the finished checkpoint alone; give --work, a folder that every worker "
+                "sees, for the run until then"
+            )
+        if self.work is not None and not storage.is_s3(self.output):
+            raise ValueError(
+                f"work={self.work}: a run lies in its output={self.output} unless that is in S3; leave it out"
+            )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lies while it is at work: ``output`` itself, or ``work``."""
+        return Path(self.work or self.output)
+
+    @property
+    def checkpoint_name(self) -> str:
+        """Of the new checkpoint."""
+        return self.name or self.output.rsplit("/", 1)[-1]
 
     def decisive(self) -> dict[str, Any]:
         """What a continuation must agree in, as JSON values."""
@@ -143,6 +176,8 @@ def build(path: str | None, flags: dict[str, Any]) -> TrainConfig:
     except ValidationError as error:
         fault = error.errors()[0]
         place = ".".join(str(part) for part in fault["loc"])
+        if not place:  # about several settings
+            raise ConfigError(str(fault["msg"])) from error
         if fault["type"] == "missing":
             raise ConfigError(
                 f"{place} is required; give --{place.replace('_', '-')}, or {place}: in --config"

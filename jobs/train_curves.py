@@ -7,6 +7,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jobs.figures import add_grid, new_figure, png
+from model import storage
+
 History = Sequence[Mapping[str, float]]
 # One panel each: title, what is drawn of the training steps, and of the held-out records.
 _PANELS = (("loss", "loss", "eval_loss"), ("accuracy", "accuracy", "eval_accuracy"))
@@ -16,31 +19,25 @@ _TAGS = ("loss", "accuracy", "probability", "learning_rate", "gradient_norm", "s
 def write_curves(out: Path, history: History) -> None:
     """``curves.png``, ``tensorboard/`` and ``history.jsonl`` in ``out``, from the whole history; earlier ones go."""
     lines = "".join(json.dumps(dict(line)) + "\n" for line in history)
-    (out / "history.jsonl").write_text(lines, encoding="utf-8")
-    _write_png(out / "curves.png", history)
+    storage.put(str(out / "history.jsonl"), lines.encode())
+    storage.put(str(out / "curves.png"), _picture(history))
     shutil.rmtree(out / "tensorboard", ignore_errors=True)
     _write_events(out / "tensorboard", history)
 
 
-def _write_png(path: Path, history: History) -> None:
-    # Figures without pyplot: no global state, no window system.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (title, own, held_out) in zip(figure.subplots(1, 2), _PANELS, strict=True):
+def _picture(history: History) -> bytes:
+    figure, row = new_figure(10, 4, panels=len(_PANELS))
+    for axes, (title, own, held_out) in zip(row, _PANELS, strict=True):
         steps = [line["step"] for line in history]
         axes.plot(steps, [line[own] for line in history], linewidth=0.8, alpha=0.6, label="each step")
         axes.plot(steps, _smoothed([line[own] for line in history]), label="smoothed")
         found = [(line["step"], line[held_out]) for line in history if held_out in line]
         if found:
             axes.plot(*zip(*found, strict=True), marker="o", label="held out")
-        axes.set_title(title)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
+        axes.set(title=title, xlabel="step")
+        add_grid(axes)
         axes.legend()
-    figure.savefig(path, dpi=120)
+    return png(figure)
 
 
 def _smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jobs.train_config import TrainConfig
@@ -45,7 +44,7 @@ def read_training_data(
     if run is None:
         skipped = [_unusable(config, data, base, say) for data in given]
         run = {"settings": config.decisive(), "data": [data.sha256 for data in given], "unusable": skipped}
-        path = Path(config.output) / RUN_FILE
+        path = config.folder / RUN_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
@@ -78,7 +77,7 @@ def _check_labels(uri: str, records: tuple[Record, ...]) -> None:
 
 def _begun(config: TrainConfig, given: list[PreferenceData]) -> dict[str, Any] | None:
     """What the run in this folder began with, if there is one. Raises ``ConfigError`` where it was another."""
-    path = Path(config.output) / RUN_FILE
+    path = config.folder / RUN_FILE
     if not path.exists():
         if (path.parent / "scorer.json").exists():
             raise ConfigError(f"{path.parent} holds a checkpoint that was not trained there; give another --output")

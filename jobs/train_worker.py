@@ -55,7 +55,7 @@ def objective_of(config: TrainConfig, family: str) -> Objective:
         value_head_dim=config.value_head_dim,
         has_margin=config.use_margin,
     )
-    check_head(family, objective.head, Path(config.output))
+    check_head(family, objective.head, config.folder)
     return objective
 
 
@@ -155,4 +155,4 @@ def _line(line: dict[str, float], total: int) -> str:
 
 def _say(config: TrainConfig, text: str) -> None:
     if ray.train.get_context().get_world_rank() == 0:
-        tell(Path(config.output), text)
+        tell(config.folder, text)

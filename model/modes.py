@@ -6,6 +6,8 @@ so it is part of a scorer's identity, and ``assay precision`` says by how much f
 
 from __future__ import annotations
 
+from typing import Protocol, TypeVar
+
 from model.errors import ConfigError
 
 EXACT = "exact"
@@ -16,6 +18,20 @@ MODES = (EXACT, INT8, FP8, FEW_CROPS)
 ROUNDED_MODES = (INT8, FP8)
 
 _CROPS_DIVISOR = 4  # 16 crops, as published, become 4: a square picture takes 757 image tokens instead of 2509
+
+
+class ModeSettings(Protocol):
+    """A configuration that names a mode and what it must go with."""
+
+    @property
+    def mode(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def adapters(self) -> str: ...
+
+
+Settings = TypeVar("Settings", bound=ModeSettings)
 
 
 def check_mode(mode: str, dtype: str, adapters: str = "auto") -> str:
@@ -31,6 +47,15 @@ def check_mode(mode: str, dtype: str, adapters: str = "auto") -> str:
     if mode in ROUNDED_MODES and adapters == "low_rank":
         raise ConfigError(f"adapters='low_rank' does not go with mode={mode!r}, which rounds merged weights; use auto")
     return mode
+
+
+def checked_settings(settings: Settings) -> Settings:
+    """``settings`` themselves: ``check_mode`` as a validator of configurations, which may raise ``ValueError`` only."""
+    try:
+        check_mode(settings.mode, settings.dtype, settings.adapters)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return settings
 
 
 def crops_of(mode: str, family: str, num_crops: int) -> int:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from jobs import cli
 from jobs.evaluate_parts import Asked, build_parts
-from jobs.people import Kind, read_people
+from jobs.people import OpinionKind, read_people
 from jobs.scored import NOT_IN_SCORES, Scored
 from model.errors import ConfigError
 from model.evaluation.bootstrap import Resampling
@@ -208,7 +208,7 @@ def test_files_of_every_kind_hold_the_same(tmp_path, kind):
         data = "\n".join(map(json.dumps, rows)).encode()
         path.write_bytes(gzip.compress(data) if kind == "gzip" else data)
     people = read_people(str(path))
-    assert (people.kind, len(people.opinions)) == (Kind.PAIRS, 3)
+    assert (people.kind, len(people.opinions)) == (OpinionKind.PAIRS, 3)
     assert people.groups(["category"]) == {"category": ("c", "c", "c")}
 
 
@@ -238,7 +238,7 @@ def test_a_ranking_asks_for_every_two_of_its_images(tmp_path):
     rows = [{"prompt": "p", "generations": ["a", "b", "c"], "ranking": [2, 1, 2]}]
     people = read_people(write_lines(tmp_path / "d.jsonl", rows))
     pairs = [tuple(item.image for item in one.items) for one in people.opinions]
-    assert (people.kind, pairs) == (Kind.PAIRS, [("b", "a"), ("b", "c")])
+    assert (people.kind, pairs) == (OpinionKind.PAIRS, [("b", "a"), ("b", "c")])
 
 
 def test_two_prompts_of_a_pair_are_each_for_its_image(tmp_path):
@@ -279,5 +279,5 @@ def test_two_rewards_of_one_image_are_refused(tmp_path, capsys):
     assert "2 different values of reward" in capsys.readouterr().err
     same = write_lines(tmp_path / "s.jsonl", [row, row])
     people = read_people(data)
-    assert people.kind is Kind.LABELS
+    assert people.kind is OpinionKind.LABELS
     assert evaluate(tmp_path / "out", "--data", data, "--scores", same)[0] == 0

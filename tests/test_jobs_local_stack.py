@@ -194,8 +194,10 @@ def test_what_a_killed_owner_left_behind_is_cleaned_up_and_nobody_else(
 
 def test_a_record_cut_short_is_no_record(tmp_path: Path) -> None:
     (tmp_path / "processes.json").write_text('{"owner": {"na')
-    with s3_only(tmp_path):
-        pass
+    with s3_only(tmp_path) as stack:
+        assert http_status(f"{stack.s3_endpoint}/moto-api/") == 200
+        [server] = recorded(tmp_path)  # the new one took the place of the cut one
+        assert server.find() is not None
 
 
 def test_stop_kills_what_ignores_sigterm_and_its_children() -> None:
@@ -307,6 +309,10 @@ def test_dashboard_and_endpoint_want_the_token_and_loopback(stack: LocalStack) -
 def test_endpoint_is_not_reachable_from_other_interfaces(stack: LocalStack) -> None:
     others = {a.address for all_of in psutil.net_if_addrs().values() for a in all_of if a.family == socket.AF_INET}
     port = int(stack.serve_url.rsplit(":", 1)[1])
+    listening = [
+        c.laddr.ip for c in psutil.net_connections() if c.status == psutil.CONN_LISTEN and c.laddr.port == port
+    ]
+    assert set(listening) == {"127.0.0.1"}  # on a machine without another interface, this is all there is to see
     for address in others - {"127.0.0.1"}:
         connection = http.client.HTTPConnection(address, port, timeout=2)
         with pytest.raises(OSError):  # noqa: PT011 - refused or timed out, as the system likes

@@ -87,8 +87,11 @@ def test_a_holder_that_was_taken_for_dead_notices_and_may_not_publish(tmp_path):
 
 def test_nights_do_not_hinder_each_other(tmp_path):
     other = NightLock(str(tmp_path), NIGHT.replace(day=1), "other", lambda line: None, lambda: None)
-    with night_lock(tmp_path, "one"), other as held:
-        held.check()
+    with night_lock(tmp_path, "one") as first, other as second:
+        first.check()
+        second.check()
+    locks = {path.parent.name: json.loads(path.read_text())["run_id"] for path in (tmp_path / "locks").glob("*/*.json")}
+    assert locks == {f"dt={NIGHT}": "one", f"dt={NIGHT.replace(day=1)}": "other"}
 
 
 def test_a_holder_that_cannot_renew_stops_itself(tmp_path, monkeypatch):

@@ -121,7 +121,9 @@ def test_every_row_is_published_once_with_the_outcome_it_was_made_for(published,
 
 
 def test_a_dead_letter_says_what_is_wrong_and_has_no_verdict(published):
-    for row in (row for row in rows(published) if row["status"] == "error"):
+    dead = [row for row in rows(published) if row["status"] == "error"]
+    assert dead
+    for row in dead:
         assert row["error_code"]
         assert row["error_stage"]
         assert len(row["error_message"]) > 15
@@ -132,6 +134,7 @@ def test_a_dead_letter_says_what_is_wrong_and_has_no_verdict(published):
 
 def test_rewards_are_those_of_the_scorer_and_each_row_says_where_they_come_from(published, demo):
     sample = [row for row in rows(published) if row["status"] == "scored" and row["image_uri"]][:8]
+    assert len(sample) == 8
     scorer = load("demo")
     identity = read_identity("demo")
     for row in sample:

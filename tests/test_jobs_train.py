@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import boto3
 import psutil
 import pytest
 import torch
@@ -24,6 +26,7 @@ from jobs.local_stack import LocalStack
 from jobs.train_config import TrainConfig, build
 from jobs.train_curves import write_curves
 from jobs.train_progress import PROGRESS_FILE, Follow, tell
+from model import storage
 from model.errors import ConfigError, DivergedError
 from model.scorer import load
 from tests.train_helpers import draw
@@ -91,7 +94,10 @@ def test_flags_add_to_the_mappings_of_the_file(tmp_path: Path) -> None:
         ({"lora": {"r": 8}}, r"lora\.r: Extra inputs are not permitted"),
         ({"perspective": "beauty"}, r"perspective: Input should be 'alignment', 'fidelity', 'safety' or 'overall'"),
         ({"learning_rate": -1}, r"learning_rate: Input should be greater than 0"),
-        ({"output": "s3://bucket/x"}, r"output: .* must be a folder that every worker sees"),
+        ({"output": "s3://bucket/x"}, r"output=s3://bucket/x takes .*; give --work, a folder that every worker sees"),
+        ({"output": "s3://bucket/x", "work": "s3://bucket/y"}, r"work: .* must be a folder that every worker sees"),
+        ({"output": "gs://bucket/x"}, r"unsupported URI scheme 'gs'"),
+        ({"work": "/tmp/y"}, r"work=/tmp/y: a run lies in its output=/tmp/x unless that is in S3; leave it out"),
         ({"backbone": None}, r"backbone is required; give --backbone, or backbone: in --config"),
     ],
 )
@@ -164,10 +170,13 @@ def test_curves_are_written_as_picture_events_and_lines(tmp_path: Path) -> None:
     keys = ("loss", "accuracy", "probability", "learning_rate", "gradient_norm", "seconds")
     history = [{"step": float(i + 1), **dict.fromkeys(keys, 1 / (i + 1))} for i in range(20)]
     history[9] |= {"eval_loss": 0.25, "eval_accuracy": 0.5, "eval_probability": 0.5}
+    pictures = []
     for _ in range(2):  # written again after a resumed run, they replace the earlier ones
         write_curves(tmp_path, history)
+        pictures.append((tmp_path / "curves.png").read_bytes())
+    assert pictures[0] == pictures[1]
     with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.size == (1200, 480)
+        assert picture.width > 2 * picture.height  # two panels side by side
         assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 50  # lines, not an empty sheet
     assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == history
     values = read_events(tmp_path / "tensorboard")
@@ -306,6 +315,37 @@ def test_killed_workers_and_drivers_cost_nothing(undisturbed: tuple[Path, Path],
     )
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.cluster
+def test_a_killed_run_goes_on_from_its_work_folder_and_is_then_in_s3(
+    undisturbed: tuple[Path, Path], ray_stack: LocalStack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out, data = undisturbed
+    for name, value in ray_stack.env.items():
+        if name.startswith("AWS_"):
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ASSAY_CACHE", str(tmp_path))
+    boto3.client("s3", endpoint_url=ray_stack.s3_endpoint).create_bucket(Bucket="trained")
+    output, work = "s3://trained/safety", data.parent / "work"
+    argv = [*arguments(data.parent, "remote", data, eval_data=str(data))[:-1], output, "--work", str(work)]
+    with started(ray_stack, argv) as process:
+        wait_for(work / SNAPSHOT, "step-00000003", process)
+        process.kill()
+    assert [one.uri for one in storage.list_objects(output)] == [f"{output}/run.json"]
+    assert train(ray_stack, argv) == 0
+    assert (work / PROGRESS_FILE).read_text().count("going on from step") == 1
+    assert history_of(work) == pytest.approx(history_of(out), abs=1e-6)
+    scorer = load(output)
+    scorer.check_golden()
+    assert scorer.identity.name == "safety"
+    before = list(storage.list_objects(output))
+    names = {one.uri.removeprefix(f"{output}/") for one in before}
+    assert {"MODEL_CARD.md", "curves.png", "history.jsonl", "safety/pytorch_model.bin", "scorer.json"} <= names
+    assert not any(name.startswith(("state", "progress", ".")) for name in names)
+    shutil.rmtree(work)  # needed no more
+    assert main(argv) == 0
+    assert list(storage.list_objects(output)) == before
 
 
 def test_what_may_change_is_what_decides_nothing() -> None:

@@ -57,4 +57,4 @@ def test_the_check_itself_can_fail() -> None:
 def test_statistics_are_imported_when_called() -> None:
     modules = [name for name in MODEL_MODULES if name.startswith("model.evaluation")]
     assert "model.evaluation.thresholds" in modules
-    _check("scipy,sklearn,matplotlib,torch", *modules, "jobs.plots")
+    _check("scipy,sklearn,matplotlib,torch", *modules, "jobs.plots", "jobs.figures")

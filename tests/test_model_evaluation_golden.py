@@ -44,7 +44,9 @@ def test_correlations_per_category():
     for case in _cases("t2i_eval", "correlation.json"):
         reference = {one["id"]: one for one in t2i_ratings.flat_reference(case["reference"])}
         results = {one["id"]: one["reward"] for one in t2i_ratings.flat_results(case["results"])}
+        assert case["expected"]
         for name, categories in case["expected"].items():
+            assert categories, f"{name}: nothing to compare with"
             for category, expected in categories.items():
                 _compare(name, [key for key in results if key.endswith(f"/{category}")], reference, results, expected)
 

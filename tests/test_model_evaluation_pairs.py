@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -89,6 +91,16 @@ def test_a_constant_scorer_finds_nothing():
 def test_any_of_several_best_images_counts():
     # Images 0 and 2 are rated best; 2 comes first.
     assert recall_at_k(np.asarray([5.0, 1.0, 5.0]), np.asarray([0.0, 1.0, 2.0]), 1) is True
+
+
+@pytest.mark.parametrize(("k", "missed"), [(1, 21), (2, 15), (4, 6)])
+def test_a_guess_finds_what_chance_gives(k, missed):
+    # Two best of eight, in each of 28 pairs of places: k = 1 misses C(7, 2), k = 2 C(6, 2), k = 4 C(4, 2) of them.
+    rewards, hits = np.arange(8.0), []
+    for places in combinations(range(8), 2):
+        ratings = np.isin(np.arange(8), places).astype(float)
+        hits.append((recall_at_k(ratings, rewards, k), filter_at_k(-ratings, rewards, k)))
+    assert [sum(column) for column in zip(*hits, strict=True)] == [28 - missed] * 2
 
 
 @settings(deadline=None)

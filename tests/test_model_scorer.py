@@ -251,4 +251,6 @@ def test_golden_notices_a_missing_perspective_and_a_bad_image(tmp_path: Path) ->
 def test_golden_is_optional(tmp_path: Path) -> None:
     folder = shutil.copytree(resolve("demo"), tmp_path / "copy")
     (folder / "golden.json").unlink()
-    load(folder).check_golden()
+    scorer = load(folder)
+    scorer.check_golden()
+    assert scorer.identity == load("demo").identity

@@ -30,8 +30,9 @@ from model.llava_reward.config import HeadConfig, LoraConfig
 from model.llava_reward.lora import LoraPair
 from model.llava_reward.network import RewardBranch, RewardNetwork
 from model.perspectives import Perspective
-from tests.benchmarks.reward_models import LORA_SCALE, SCALES, Built, LoraLinear, build, make_sample
-from tests.benchmarks.reward_speed import Rewards, interleaved, largest_difference, peak_bytes
+from tests.benchmarks.reward_models import LORA_SCALE, SCALES, Built, LoraLinear
+from tests.benchmarks.reward_options import begin, noise_pictures, reward_parser
+from tests.benchmarks.reward_timing import Rewards, interleaved, largest_difference, peak_bytes
 
 _GIB = 2**30
 
@@ -101,18 +102,15 @@ def held_bytes(network: nn.Module) -> int:
 
 def compare(built: Built, args: Any) -> None:
     """The two forms side by side."""
-    device = torch.device(args.device)
-    width, height = map(int, args.size.split("x"))
-    samples = [make_sample(built, width, height, device, seed) for seed in range(args.images)]
-    perspectives = list(built.unmerged)
+    samples = noise_pictures(built, args, args.images)
     networks = {"merged": built.network, "low-rank": low_rank(built)}
-    ways = [_way(network, samples, perspectives) for network in networks.values()]
+    ways = [_way(network, samples, args.perspectives) for network in networks.values()]
     difference = largest_difference(ways[0](), ways[1]())  # also the warm-up
     print(f"largest reward difference: {difference:.2e}", flush=True)
-    seconds = _seconds(device, ways, args.rounds)
+    seconds = _seconds(args.device, ways, args.rounds)
     for name, way, own in zip(networks, ways, seconds, strict=True):
         weights, each_s = held_bytes(networks[name]) / _GIB, statistics.median(own) / len(samples)
-        print(f"{name}: {each_s:.3f} s an image, weights {weights:.3f} GiB{_pass(way, device)}")
+        print(f"{name}: {each_s:.3f} s an image, weights {weights:.3f} GiB{_pass(way, args.device)}")
     ratios = [m / low for m, low in zip(*seconds, strict=True)]
     shown = ", ".join(f"{r:.3f}" for r in ratios)
     print(f"low-rank is {statistics.median(ratios):.3f} times as fast as merged; pairs {shown}")
@@ -165,14 +163,8 @@ def _print_sizes(name: str, backbone: Backbone[Any, Any], rank: int) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--size", default="1024x1024", help="WIDTHxHEIGHT of the pictures")
-    parser.add_argument("--perspectives", type=int, default=len(Perspective))
+    parser = reward_parser(__doc__)
     parser.add_argument("--images", type=int, default=1, help="images of one pass")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sizes", action="store_true", help="only print what the published models would take")
     return parser.parse_args()
 
@@ -183,12 +175,9 @@ def main() -> None:
     if args.sizes:
         print_full_sizes()
         return
-    torch.set_num_threads(args.threads)
-    device, scale = torch.device(args.device), SCALES[args.scale]
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{args.threads} CPU threads"
-    print(f"{args.scale} scale, {scale.dtype}, {where}, torch {torch.__version__}")
-    print(f"{args.images} of {args.size} a pass, {args.perspectives} perspectives")
-    compare(build(scale, list(Perspective)[: args.perspectives], device), args)
+    built = begin(args)
+    print(f"{args.images} of {args.size} a pass, {len(args.perspectives)} perspectives")
+    compare(built, args)
 
 
 if __name__ == "__main__":

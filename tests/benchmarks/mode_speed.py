@@ -19,7 +19,6 @@ import torch
 from model.llava_reward.backbones.phi3v import Phi3VSample
 from model.llava_reward.quantized import check_device, quantize
 from model.modes import FEW_CROPS, ROUNDED_MODES, crops_of
-from model.perspectives import Perspective
 from tests.benchmarks.reward_models import SLOTS, Built, make_sample
 from tests.benchmarks.reward_timing import Rewards, interleaved, largest_difference, ours, peak_bytes
 
@@ -39,16 +38,15 @@ def _print_ratio(name: str, mode_s: Sequence[float], exact_s: Sequence[float]) -
     print(f"{name}: median {statistics.median(ratios):.3f} of pairs {shown}")
 
 
-def compare_mode(built: Built, samples: Sequence[Phi3VSample], perspectives: list[Perspective], args: Any) -> None:
+def compare_mode(built: Built, samples: Sequence[Phi3VSample], args: Any) -> None:
     """Exact rewards and those of ``args.mode`` side by side, both in our way."""
-    device = torch.device(args.device)
+    device: torch.device = args.device
     check_device(args.mode, device)
     other = in_mode(built, args.mode)
     fewer = list(samples)
     if args.mode == FEW_CROPS:
-        width, height = map(int, args.size.split("x"))
         crops = crops_of(args.mode, "phi3v", SLOTS - 1)
-        fewer = [make_sample(built, width, height, device, seed, crops) for seed in range(len(samples))]
+        fewer = [make_sample(built, *args.size, device, seed, crops) for seed in range(len(samples))]
         tokens = int((fewer[0].input_ids < 0).sum())
         print(f"{args.mode}: {len(fewer[0].crops)} crops, {tokens} image tokens")
 
@@ -56,7 +54,7 @@ def compare_mode(built: Built, samples: Sequence[Phi3VSample], perspectives: lis
 
     def way(index: int) -> Rewards:
         start = time.process_time()
-        rewards = ours(*((other, fewer), (built, samples))[index], perspectives, args.batch)
+        rewards = ours(*((other, fewer), (built, samples))[index], args.perspectives, args.batch)
         worked_s[index].append(time.process_time() - start)
         return rewards
 

@@ -19,9 +19,9 @@ import torch
 
 from model.llava_reward.backbones.phi3v import Phi3VSample
 from model.llava_reward.backbones.prefix import tokens_before
-from model.perspectives import Perspective
-from tests.benchmarks.reward_models import SCALES, Built, build, make_sample
-from tests.benchmarks.reward_speed import interleaved, largest_difference, ours
+from tests.benchmarks.reward_models import Built
+from tests.benchmarks.reward_options import begin, noise_pictures, reward_parser
+from tests.benchmarks.reward_timing import interleaved, largest_difference, ours
 
 
 def captions_of(sample: Phi3VSample, count: int, vocabulary: int) -> list[Phi3VSample]:
@@ -32,18 +32,17 @@ def captions_of(sample: Phi3VSample, count: int, vocabulary: int) -> list[Phi3VS
     return [dataclasses.replace(sample, input_ids=torch.cat((sample.input_ids[:before], text))) for text in texts]
 
 
-def compare(built: Built, sample: Phi3VSample, count: int, perspectives: list[Perspective], args: Any) -> None:
+def compare(built: Built, sample: Phi3VSample, count: int, args: Any) -> None:
     """Both ways side by side for ``count`` captions."""
-    device = torch.device(args.device)
     together = captions_of(sample, count, built.scale.config.vocab_size)
     apart = [dataclasses.replace(item, crops=item.crops.clone()) for item in together[: args.apart]]
     ways = (
-        lambda: ours(built, together, perspectives, count),
-        lambda: ours(built, apart, perspectives, args.batch),
+        lambda: ours(built, together, args.perspectives, count),
+        lambda: ours(built, apart, args.perspectives, args.batch),
     )
     joined, single = (way() for way in ways)  # also the warm-up
     difference = largest_difference({p: values[: len(apart)] for p, values in joined.items()}, single)
-    seconds = interleaved(device, ways, args.rounds)
+    seconds = interleaved(args.device, ways, args.rounds)
     rates = [[n / s for s in way] for n, way in zip((count, len(apart)), seconds, strict=True)]
     ratios = [a / b for a, b in zip(*rates, strict=True)]
     medians = [statistics.median(way) for way in rates]
@@ -56,35 +55,22 @@ def compare(built: Built, sample: Phi3VSample, count: int, perspectives: list[Pe
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--size", default="1024x1024", help="WIDTHxHEIGHT of the picture")
+    parser = reward_parser(__doc__)
     parser.add_argument("--captions", default="1,8,32", help="how many, each number by itself")
     parser.add_argument("--apart", type=int, default=4, help="most captions of a round without the prefix")
-    parser.add_argument("--perspectives", type=int, default=len(Perspective))
     parser.add_argument("--batch", type=int, default=1, help="samples of a pass without the prefix")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
 
 @torch.inference_mode()
 def main() -> None:
     args = parse_args()
-    torch.set_num_threads(args.threads)
-    device, perspectives = torch.device(args.device), list(Perspective)[: args.perspectives]
-    width, height = map(int, args.size.split("x"))
-    built = build(SCALES[args.scale], perspectives, device)
-    sample = make_sample(built, width, height, device, 0)
-    before = tokens_before(sample.input_ids)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{args.threads} CPU threads"
-    print(f"{args.scale} scale, {built.scale.dtype}, {where}, torch {torch.__version__}")
-    print(
-        f"{args.size}: {before} tokens before a caption of {len(sample.input_ids) - before}; {len(perspectives)} heads"
-    )
+    built = begin(args)
+    [sample] = noise_pictures(built, args, 1)
+    before, length = tokens_before(sample.input_ids), len(sample.input_ids)
+    print(f"{args.size}: {before} tokens before a caption of {length - before}; {len(args.perspectives)} heads")
     for count in map(int, args.captions.split(",")):
-        compare(built, sample, count, perspectives, args)
+        compare(built, sample, count, args)
 
 
 if __name__ == "__main__":

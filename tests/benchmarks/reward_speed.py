@@ -24,7 +24,8 @@ from model.modes import EXACT, MODES
 from model.perspectives import Perspective
 from tests.benchmarks.mode_speed import compare_mode
 from tests.benchmarks.reward_flops import flops_ours, flops_straightforward
-from tests.benchmarks.reward_models import SCALES, STEPS, Built, build, make_sample, rewards_by_steps
+from tests.benchmarks.reward_models import STEPS, Built, rewards_by_steps
+from tests.benchmarks.reward_options import begin, noise_pictures, reward_parser
 from tests.benchmarks.reward_shares import print_shares
 from tests.benchmarks.reward_timing import Rewards, interleaved, largest_difference, ours, peak_bytes
 
@@ -55,15 +56,15 @@ def print_flops(built: Built, sample: Phi3VSample, perspectives: int, rates: tup
         print(f"  {name}: {rate * total / 1e9:.1f} GFLOP/s{share}")
 
 
-def compare(built: Built, samples: list[Phi3VSample], perspectives: list[Perspective], args: Any) -> None:
+def compare(built: Built, samples: list[Phi3VSample], args: Any) -> None:
     """The two ways side by side."""
-    device = torch.device(args.device)
+    device: torch.device = args.device
 
     def new() -> Rewards:
-        return ours(built, samples, perspectives, args.batch)
+        return ours(built, samples, args.perspectives, args.batch)
 
     def old() -> Rewards:
-        return one_by_one(built, samples, perspectives, ())
+        return one_by_one(built, samples, args.perspectives, ())
 
     peaks = [peak_bytes(device, way) for way in (new, old)]  # also the warm-up
     difference = largest_difference(new(), old())
@@ -77,33 +78,26 @@ def compare(built: Built, samples: list[Phi3VSample], perspectives: list[Perspec
     print(
         f"peak memory: ours {peaks[0] / 2**30:.2f} GiB, straightforward {peaks[1] / 2**30:.2f} GiB (weights included)"
     )
-    print_flops(built, samples[0], len(perspectives), (rates[0], rates[1]), gpu=device.type == "cuda")
+    print_flops(built, samples[0], len(args.perspectives), (rates[0], rates[1]), gpu=device.type == "cuda")
     print_shares(built, device, new)
 
 
-def print_steps(built: Built, samples: list[Phi3VSample], perspectives: list[Perspective], args: Any) -> None:
+def print_steps(built: Built, samples: list[Phi3VSample], args: Any) -> None:
     """What each step gives when added to those before it."""
 
     def way(count: int) -> Callable[[], Rewards]:
-        return lambda: one_by_one(built, samples, perspectives, STEPS[:count])
+        return lambda: one_by_one(built, samples, args.perspectives, STEPS[:count])
 
-    device = torch.device(args.device)
-    seconds = interleaved(device, [way(count) for count in range(len(STEPS) + 1)], args.rounds)
+    seconds = interleaved(args.device, [way(count) for count in range(len(STEPS) + 1)], args.rounds)
     medians = [statistics.median(s) / len(samples) for s in seconds]
     for name, now, before in zip(("straightforward", *STEPS), medians, [medians[0], *medians], strict=False):
         print(f"  {name:<22} {1000 * now:>9.1f} ms an image  {before / now:.3f}x  (so far {medians[0] / now:.3f}x)")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--size", default="1024x1024", help="WIDTHxHEIGHT of the pictures")
-    parser.add_argument("--perspectives", type=int, default=len(Perspective))
+    parser = reward_parser(__doc__)
     parser.add_argument("--images", type=int, default=1, help="images of one timed call")
     parser.add_argument("--batch", type=int, default=1, help="images of one of our passes")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--mode", choices=MODES, default=EXACT, help="measure this mode against exact rewards instead")
     parser.add_argument("--steps", action="store_true", help="measure each step by itself, too")
     return parser.parse_args()
@@ -112,22 +106,16 @@ def parse_args() -> argparse.Namespace:
 @torch.inference_mode()
 def main() -> None:
     args = parse_args()
-    torch.set_num_threads(args.threads)
-    device, perspectives = torch.device(args.device), list(Perspective)[: args.perspectives]
-    width, height = map(int, args.size.split("x"))
-    built = build(SCALES[args.scale], perspectives, device)
-    samples = [make_sample(built, width, height, device, seed) for seed in range(args.images)]
-    tokens = int((samples[0].input_ids < 0).sum())
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{args.threads} CPU threads"
-    print(f"{args.scale} scale, {built.scale.dtype}, {where}, torch {torch.__version__}")
-    crops = len(samples[0].crops)
-    print(f"{args.size}: {crops} crops, {tokens} image tokens, no padding; {len(perspectives)} perspectives")
+    built = begin(args)
+    samples = noise_pictures(built, args, args.images)
+    crops, tokens = len(samples[0].crops), int((samples[0].input_ids < 0).sum())
+    print(f"{args.size}: {crops} crops, {tokens} image tokens, no padding; {len(args.perspectives)} perspectives")
     if args.mode != EXACT:
-        compare_mode(built, samples, perspectives, args)
+        compare_mode(built, samples, args)
         return
-    compare(built, samples, perspectives, args)
+    compare(built, samples, args)
     if args.steps:
-        print_steps(built, samples, perspectives, args)
+        print_steps(built, samples, args)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from model.llava_reward.training.trainable import TrainableReward, make_trainabl
 from model.preferences import PreferencePair
 from model.scenes import draw
 from tests.benchmarks.reward_models import SCALES, Built, Draws, make_sample
+from tests.benchmarks.reward_options import picture_size, where
 from tests.train_helpers import DEMO, trainable
 
 TAU, MAX_NORM = 0.1, 1.0
@@ -175,9 +176,8 @@ def full_size(args: argparse.Namespace) -> None:
         seed=0,
         has_checkpointing=not args.keep_activations,
     )
-    width, height = map(int, args.size.split("x"))
     built = Built(scale, None, {})  # type: ignore[arg-type]
-    samples = [make_sample(built, width, height, device, seed) for seed in range(2 * args.micro)]
+    samples = [make_sample(built, *args.size, device, seed) for seed in range(2 * args.micro)]
     size = args.micro * args.accumulate
     records = [PreferencePair(str(i), "", "", "", "", None, None, {}) for i in range(size)]
     settings = LoopSettings(epochs=1e6, batch_size=size, micro_batch=args.micro, learning_rate=1e-6)
@@ -196,10 +196,6 @@ def full_size(args: argparse.Namespace) -> None:
     print(f"peak memory {peak_bytes(device) / 2**30:.1f} GiB; last loss {loop.history[-1]['loss']:.4f}")
 
 
-def where(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-
-
 def peak_bytes(device: torch.device) -> int:
     """On a GPU what torch held at most, on a CPU what the process did."""
     if device.type == "cuda":
@@ -211,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=["demo", *sorted(SCALES)], default="demo", help="demo: compare; else alone")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--size", default="1024x1024", help="WIDTHxHEIGHT of the random pictures")
+    parser.add_argument("--size", type=picture_size, default="1024x1024", help="WIDTHxHEIGHT of the random pictures")
     parser.add_argument("--steps", type=int, default=4, help="of one timed call")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=32)
