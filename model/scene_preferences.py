@@ -1,4 +1,4 @@
-"""Preference data of drawn scenes: ``python -m model.scene_preferences OUT --split training --scenes 6000``.
+"""Preference data of drawn scenes: ``python -m model.scene_preferences OUT --split training --scenes 4000``.
 
     OUT/training/pairs/alignment.jsonl, fidelity.jsonl, safety.jsonl, overall.jsonl    image paths start at OUT
     OUT/training/labels/…                                                              the same; 1: without the flaw

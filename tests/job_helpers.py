@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from jobs.parquet import FACTS_SCHEMA
 from jobs.rows import row_key
 from model.perspectives import PERSPECTIVES, Perspective
 from model.policy import Level, Policy, Rule, Severity, Verdict
+from model.scorer import resolve
 from model.storage import head
 
 NIGHT = date(2026, 11, 20)
@@ -30,6 +32,14 @@ def generation(number: int, **changes: Any) -> dict[str, Any]:
     """A sound log row."""
     row = {"generation_id": f"g{number}", "created_at": NOON, "prompt": "a red ball", "image_uri": f"{number}.png"}
     return row | changes
+
+
+def untrained_copy(folder: Path) -> Path:
+    """The shipped checkpoint in ``folder``, saying of itself that it is untrained."""
+    shutil.copytree(resolve("demo"), folder)
+    values = json.loads((folder / "scorer.json").read_text(encoding="utf-8")) | {"is_trained": False}
+    (folder / "scorer.json").write_text(json.dumps(values), encoding="utf-8")
+    return folder
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> LogFile:

@@ -26,7 +26,7 @@ from model.preferences import read_preferences
 from model.scorer import load
 from tests.evaluation_files import labelled, ratings, write_lines
 from tests.golden_cases import golden_root, read_json
-from tests.job_helpers import NIGHT
+from tests.job_helpers import NIGHT, untrained_copy
 from tests.publish_helpers import make_log, publish_night
 
 
@@ -153,7 +153,8 @@ def test_the_shipped_checkpoint_scores_pairs(tmp_path):
         {"prompt": "a blue ball", "chosen": "2.png", "rejected": "gone.png"},
     ]
     data = write_lines(tmp_path / "pairs.jsonl", pairs)
-    flags = ("--data", data, "--scorer", "demo", "--perspective", "overall", "--batch-size", "2")
+    untrained = untrained_copy(tmp_path / "untrained")
+    flags = ("--data", data, "--scorer", f"demo={untrained}", "--perspective", "overall", "--batch-size", "2")
     code, found = evaluate(tmp_path / "out", *flags)
     one = found["demo", "accuracy_with_ties", "", ""]
     assert (code, one["count"], one["missing"]) == (0, 2, 1)

@@ -117,7 +117,7 @@ def test_every_row_is_published_once_with_the_outcome_it_was_made_for(published,
         assert (row["verdict"] is None) == (hard.expected_error_code is not None), hard.kind
     assert {row["status"] for row in by_place.values()} == {"scored"}  # no hard row cost another one
     assert manifest.via == "serve"
-    assert not manifest.is_trained
+    assert manifest.is_trained
 
 
 def test_a_dead_letter_says_what_is_wrong_and_has_no_verdict(published):

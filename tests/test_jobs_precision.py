@@ -20,7 +20,7 @@ from model.errors import ConfigError, ErrorCode, Stage
 from model.perspectives import Perspective
 from model.schema import RowError, ScoreRecord
 from model.scorer import Scorer, load, read_identity, resolve
-from tests.job_helpers import policy, write_parquet
+from tests.job_helpers import policy, untrained_copy, write_parquet
 from tests.publish_helpers import publish_night
 from tests.test_model_llava_reward_processor import png
 
@@ -31,7 +31,7 @@ REQUIRED = ["--date", "2026-11-20", "--input", "s3://b/logs", "--output", "s3://
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(shutil.copytree(resolve("demo"), tmp_path_factory.mktemp("precision") / "demo"))
+    return untrained_copy(tmp_path_factory.mktemp("precision") / "demo")
 
 
 @pytest.fixture(scope="module")

@@ -201,7 +201,7 @@ def test_heads_by_hand() -> None:
 def test_identity_without_weights_equals_the_loaded_one(scorer: LlavaRewardScorer) -> None:
     assert read_identity("demo") == scorer.identity
     assert read_identity(DEMO, dtype="bfloat16").dtype == "bfloat16"
-    assert not scorer.identity.is_trained
+    assert scorer.identity.is_trained
     for checkpoint in scorer.identity.checkpoints.values():
         name, digest = checkpoint.split("@sha256:")
         assert (name, len(digest)) == ("demo", 64)

@@ -6,7 +6,7 @@ out=${1:?usage: infra/training/demo.sh OUT}
 scenes=$out/scenes
 
 python -m model.llava_reward.pretrain "$out/pretraining"
-python -m model.scene_preferences "$scenes" --split training --scenes 6000
+python -m model.scene_preferences "$scenes" --split training --scenes 4000
 for split in validation held_out; do
     python -m model.scene_preferences "$scenes" --split "$split" --scenes 500
 done
