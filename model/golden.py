@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 GOLDEN_FILE = "golden.json"
 # The demo checkpoint's largest difference was 0.09 (tests/benchmarks/README.md), where rewards spread by 0.4 to 0.5.
-_ROUNDED_TOLERANCE = 0.25
+ROUNDED_TOLERANCE = 0.25
 
 _Values = dict[str, list[float]]
 
@@ -55,7 +55,7 @@ def _read(path: Path, dtype: str, mode: str) -> tuple[list[Generation], list[_Va
         expected = [c.get(FEW_CROPS) if mode == FEW_CROPS else c["values"] for c in cases]
         tolerance = float(content["tolerance"][dtype])
         if mode in ROUNDED_MODES:
-            tolerance = max(tolerance, float(content["tolerance"].get(mode, _ROUNDED_TOLERANCE)))
+            tolerance = max(tolerance, float(content["tolerance"].get(mode, ROUNDED_TOLERANCE)))
         return generations, expected, tolerance
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be used: {type(error).__name__}: {error}") from error

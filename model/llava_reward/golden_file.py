@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from model.errors import InfrastructureError
-from model.golden import GOLDEN_FILE
+from model.golden import GOLDEN_FILE, ROUNDED_TOLERANCE
 from model.llava_reward.bundle import read_bundle
 from model.llava_reward.config import write_json
-from model.modes import EXACT, FEW_CROPS
+from model.modes import EXACT, FEW_CROPS, ROUNDED_MODES
 from model.perspectives import Perspective
 from model.scenes import SceneTruth, draw
 from model.schema import Generation
@@ -24,11 +24,11 @@ _SIZES = ((128, 128), (160, 96), (96, 144))
 _OTHER_PROMPTS = {1: "", 2: "two green birds, watercolor 🎨"}
 
 
-def write_golden(out: Path, *, device: str = "cpu", is_scaled: bool = False) -> None:
+def write_golden(out: Path, *, device: str = "cpu") -> None:
     """Score three small drawn scenes with the bundle in ``out`` and keep the rewards beside them.
 
-    - is_scaled: a bfloat16 tolerance that grows with the largest reward, for heads whose scale nobody chose
-    - raises: ``InfrastructureError`` if a picture has no reward
+    Tolerances of rounded arithmetic grow with the largest reward, since nobody chose the scale of a head.
+    Raises ``InfrastructureError`` if a picture has no reward.
     """
     (out / GOLDEN_FILE).unlink(missing_ok=True)
     (out / "golden").mkdir(exist_ok=True)
@@ -46,8 +46,9 @@ def write_golden(out: Path, *, device: str = "cpu", is_scaled: bool = False) -> 
     ]
     for values in coarse:
         cases = [case | {FEW_CROPS: own} for case, own in zip(cases, values, strict=True)]
-    largest = max(1.0, *(abs(value) for case in exact for row in case.values() for value in row))
-    tolerance = {"float32": 1e-3, "bfloat16": round(5e-2 * (largest if is_scaled else 1.0), 3)}
+    scale = max(1.0, *(abs(value) for case in exact for row in case.values() for value in row))
+    tolerance = {"float32": 1e-3, "bfloat16": round(5e-2 * scale, 3)}
+    tolerance |= {mode: round(ROUNDED_TOLERANCE * scale, 3) for mode in sorted(ROUNDED_MODES)}
     write_json(out / GOLDEN_FILE, {"tolerance": tolerance, "cases": cases})
 
 
@@ -67,7 +68,7 @@ def _values(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="checkpoint folder, with its scorer.json")
-    write_golden(parser.parse_args().out, is_scaled=True)
+    write_golden(parser.parse_args().out)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def write_golden(out: Path, scorer: Mapping[str, Any], device: str) -> None:
     place.mkdir()
     elsewhere = {perspective: f"../{folder}" for perspective, folder in scorer["adapters"].items()}
     write_scorer(place, {**scorer, "adapters": elsewhere})
-    golden_file.write_golden(place, device=device, is_scaled=True)
+    golden_file.write_golden(place, device=device)
     shutil.rmtree(out / "golden", ignore_errors=True)
     (place / "golden").rename(out / "golden")
     (place / GOLDEN_FILE).replace(out / GOLDEN_FILE)
