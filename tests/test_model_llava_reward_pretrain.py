@@ -408,6 +408,28 @@ def test_measuring_counts_what_is_right(tmp_path: Path) -> None:
     assert (found["colour"], found["exact"]) == (1.0, 0.0)  # not the commas
 
 
+def test_a_run_begins_with_the_weights_of_another_backbone(tmp_path: Path) -> None:
+    first = Pretraining(tmp_path / "first", _config(tmp_path / "first"), workers=0)
+    with torch.no_grad():
+        first.network.model.norm.weight.fill_(0.5)
+        first.network.vision.sub_GN.fill_(0.25)
+    first.save()
+    start = tmp_path / "first" / "backbone"
+    config = _config(tmp_path / "second", seed=4)
+    second = Pretraining(tmp_path / "second", config, workers=0, start=start)
+    ours = second.network.state_dict()
+    for name, tensor in first.network.state_dict().items():
+        is_kept = torch.equal(ours[name], tensor.bfloat16().float())
+        assert is_kept != name.startswith(("cells.weight", "words.weight"))
+    second.train_step(next(second._batches()))
+    second.save()  # from then on it goes on from its own state
+    again = Pretraining(tmp_path / "second", config, workers=0, start=start)
+    assert again.step == 1
+    other = _config(tmp_path / "third", network={"hidden": 32})
+    with pytest.raises(ConfigError, match="other sizes"):
+        Pretraining(tmp_path / "third", other, workers=0, start=start)
+
+
 def test_the_written_folder_is_a_backbone(tmp_path: Path) -> None:
     run = Pretraining(tmp_path, _config(tmp_path), workers=0)
     [sample, *_] = next(run._batches())

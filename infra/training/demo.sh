@@ -10,6 +10,11 @@ python -m model.scene_preferences "$scenes" --split training --scenes 4000
 for split in validation held_out; do
     python -m model.scene_preferences "$scenes" --split "$split" --scenes 500
 done
+# Artefacts and signs are learned from half of the scenes.
+for half in pairs/fidelity:2000 labels/safety:8000; do
+    data=$scenes/training/${half%:*}.jsonl
+    head -n "${half#*:}" "$data" > "$data.half" && mv "$data.half" "$data"
+done
 
 for perspective in alignment fidelity safety overall; do
     case $perspective in safety) loss=cls kind=labels ;; *) loss=bt kind=pairs ;; esac

@@ -1,6 +1,7 @@
 """Teaches a small phi3v to caption drawn scenes: ``python -m model.llava_reward.pretrain OUT [--config FILE]``.
 
-First its image tower alone learns what each cell of a scene shows, then all the rest learns to caption.
+First its image tower alone learns what each cell of a scene shows, then all the rest learns to caption. With
+``--start BACKBONE`` it begins with the weights of a backbone of the same sizes instead of random ones.
 
     OUT/backbone/     config.json, clip_tower.json, tokenizer.json, model.safetensors (bfloat16): the published layout
     OUT/state.pt      weights, optimizer, stage and step, from which the same command goes on
@@ -40,10 +41,11 @@ class Pretraining:
     """One run in its folder, new or resumed.
 
     - workers: processes that draw, 0 to draw in this one
+    - start: backbone whose weights a new run begins with
     - stage, step: where it stands: the stage's name, and steps of that stage; seen: samples of all stages
     """
 
-    def __init__(self, out: Path, config: PretrainConfig, *, workers: int = 1) -> None:
+    def __init__(self, out: Path, config: PretrainConfig, *, workers: int = 1, start: Path | None = None) -> None:
         self.out, self.config, self._workers = out, config, workers
         self.backbone = out / "backbone"
         if not self._state_path.exists():
@@ -58,6 +60,8 @@ class Pretraining:
         self.begin("tower")
         if self._state_path.exists():
             self._resume()
+        elif start is not None:
+            self.network.read(start)
 
     @property
     def _state_path(self) -> Path:
@@ -199,10 +203,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the run")
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG)
+    parser.add_argument("--start", type=Path, metavar="BACKBONE", help="begin with its weights")
     parser.add_argument("--threads", type=int, default=1, help="of the network; one more process draws")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    pretraining = Pretraining(args.out, read_pretrain_config(args.config))
+    pretraining = Pretraining(args.out, read_pretrain_config(args.config), start=args.start)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: pretraining.stop())
     pretraining.run()

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from model.errors import ConfigError
 from model.llava_reward.backbones.layers import Layout, Rope, embed, every_token
 from model.llava_reward.backbones.phi3v import Phi3VModel, read_backbone
 from model.llava_reward.backbones.phi3v_vision import merge_patches
@@ -145,13 +146,27 @@ class PretrainNetwork(nn.Module):
         ends = (words & ~F.pad(words[:, 1:], (0, 1)))[words]
         return Predictions(losses, said.argmax(-1), asked, weights[asked], wrong, labels[words].float(), ends)
 
+    def read(self, folder: Path) -> None:
+        """The weights of a backbone; training heads stay as they are. Raises ``ConfigError`` if its sizes differ."""
+        stored = load_file(folder / "model.safetensors")
+        tensors = self._tensors()
+        if {name: t.shape for name, t in stored.items()} != {name: t.shape for name, t in tensors.items()}:
+            raise ConfigError(f"{folder} holds a backbone of other sizes than the configuration's network")
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(stored[name])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The backbone's weights by published name; the tensors themselves, not copies."""
+        vision = {f"{_VISION}{name}": t for name, t in self.vision.state_dict().items()}
+        return vision | {f"model.{name}": t for name, t in self.model.state_dict().items()}
+
     def write(self, folder: Path) -> None:
         """The trained backbone in bfloat16 beside its configuration files, whole or not at all."""
-        tensors = {f"{_VISION}{name}": t for name, t in self.vision.state_dict().items()}
-        tensors |= {f"model.{name}": t for name, t in self.model.state_dict().items()}
-        stored = {name: t.detach().to(_STORED).contiguous() for name, t in sorted(tensors.items())}
+        stored = {name: t.detach().to(_STORED).contiguous() for name, t in sorted(self._tensors().items())}
         partial = folder / "model.safetensors.partial"
         save_file(stored, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # the library keeps it to its owner; a checkpoint is there to be read
         partial.replace(folder / "model.safetensors")
 
 
