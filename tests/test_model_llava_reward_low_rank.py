@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model.errors import ConfigError
+from model.identity import same_within
 from model.llava_reward.backbones.output_rows import output_rows
 from model.llava_reward.checkpoint import load_network
 from model.llava_reward.lora import LoraPair
@@ -286,7 +287,8 @@ def test_bfloat16_stays_as_near_to_float32_in_either_form(generations: list[Gene
     expected = values(fine.forward(prepared))
     for form in ("merged", "low_rank"):
         coarse = load("demo", dtype="bfloat16", adapters=form)
-        assert np.abs(values(coarse.forward(prepared)) - expected).max() < 5e-2
+        near = same_within("bfloat16", float(expected.std()))
+        assert np.abs(values(coarse.forward(prepared)) - expected).max() < near
         coarse.check_golden()
 
 

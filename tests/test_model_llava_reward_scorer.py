@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from model.errors import ConfigError, ErrorCode, InfrastructureError, Stage
+from model.identity import same_within
 from model.llava_reward.heads import gpm_score, preference_probability, safe_probability
 from model.llava_reward.scorer import LlavaRewardScorer
 from model.meaning import HeadTraining
@@ -106,7 +107,8 @@ def test_perspectives_differ_and_can_be_chosen(scorer: LlavaRewardScorer, genera
 def test_bfloat16_stays_near_float32(scorer: LlavaRewardScorer, generations: list[Generation]) -> None:
     coarse = load("demo", dtype="bfloat16")
     prepared = scorer.preprocess(generations)
-    assert np.abs(values(coarse.forward(prepared)) - values(scorer.forward(prepared))).max() < 5e-2
+    fine = values(scorer.forward(prepared))
+    assert np.abs(values(coarse.forward(prepared)) - fine).max() < same_within("bfloat16", float(fine.std()))
     coarse.check_golden()
 
 
