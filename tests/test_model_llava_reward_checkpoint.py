@@ -81,7 +81,7 @@ BACKBONE, HEAD, LORA = "backbone/model.safetensors", "alignment/pytorch_model.bi
         (
             BACKBONE,
             with_tensor(
-                "model.vision_embed_tokens.img_processor.vision_model.encoder.layers.2.mlp.fc1.bias", torch.ones(1)
+                "model.vision_embed_tokens.img_processor.vision_model.encoder.layers.4.mlp.fc1.bias", torch.ones(1)
             ),
         ),
         (BACKBONE, without("model.vision_embed_tokens.img_projection.0.weight")),  # the adapter's own is used
@@ -158,7 +158,7 @@ def test_unchanged_tensors_exist_once_for_all_perspectives() -> None:
     [
         (BACKBONE, without("model.norm.weight"), "model.norm.weight"),
         (BACKBONE, with_tensor("model.surprise.weight", torch.zeros(1)), "model.surprise.weight"),
-        (BACKBONE, with_tensor("model.norm.weight", torch.zeros(7)), r"model.norm.weight \(7,\), expected \(128,\)"),
+        (BACKBONE, with_tensor("model.norm.weight", torch.zeros(7)), r"model.norm.weight \(7,\), expected \(160,\)"),
         (BACKBONE, without("model.vision_embed_tokens.glb_GN"), "glb_GN"),
         (BACKBONE, without("model.layers.3.mlp.down_proj.weight"), "model.layers.3.mlp.down_proj.weight"),
         (HEAD, without("W_k.weight"), "W_k.weight"),
