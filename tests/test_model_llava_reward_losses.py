@@ -17,6 +17,7 @@ from model.llava_reward.losses import (
     LearnableTau,
     LossValue,
     binary_classification_loss,
+    focal_pairwise_loss,
     general_preference,
     pair_loss,
 )
@@ -102,6 +103,14 @@ def test_pairwise_by_hand() -> None:
     loss = pair_loss("PairWiseLoss", 0.1)
     assert float(loss(*pair([0.5], [0.3])).loss) == pytest.approx(0.126928, abs=1e-5)
     assert float(loss(*pair([0.5], [0.3]), torch.tensor([0.3])).loss) == pytest.approx(1.313262, abs=1e-5)
+
+
+def test_focal_weight_has_a_gradient_where_the_pair_is_certain() -> None:
+    chosen = torch.tensor([[30.0], [0.2]], requires_grad=True)
+    focal_pairwise_loss(chosen, torch.zeros(2, 1), 0.1).loss.backward()  # logits 300, where sg is 1, and 2
+    # d/dx of -log sg(x) (1 - sg(x))^0.5 at 2 is -(0.1192 + 0.5 * 0.1269) * 0.1192^0.5; by 1/tau and half a pair
+    assert chosen.grad is not None
+    assert chosen.grad[:, 0].tolist() == pytest.approx([0.0, -0.30224], abs=1e-4)
 
 
 def test_general_preference_by_hand() -> None:

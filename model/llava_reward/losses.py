@@ -75,8 +75,9 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, tau: float | Tensor, margin:
 def focal_pairwise_loss(chosen: Tensor, rejected: Tensor, tau: float | Tensor, gamma: float = FOCAL_GAMMA) -> LossValue:
     """-log sg(d / tau) * (1 - sg(d / tau))^gamma: pairs that are right already count less."""
     logits = bt_difference(chosen, rejected) / tau
-    probability = logits.sigmoid()
-    return LossValue((-F.logsigmoid(logits) * (1 - probability) ** gamma).mean(), probability.mean())
+    # As a power of 1 - sg it would have no finite gradient where sg rounds to 1.
+    weight = (gamma * F.logsigmoid(-logits)).exp()
+    return LossValue((-F.logsigmoid(logits) * weight).mean(), logits.sigmoid().mean())
 
 
 def pairwise_regression_loss(
