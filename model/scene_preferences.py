@@ -21,12 +21,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from model.errors import ConfigError
 from model.perspectives import Perspective
 from model.scene_flaws import Artefact, ProhibitedSign
-from model.scene_grammar import Kind, Mismatch, SceneSpec, possible_mismatches
+from model.scene_grammar import Mismatch, SceneSpec, possible_mismatches
 from model.scene_splits import Split, belongs, candidate_seeds
-from model.scenes import SIZES, SceneTruth, asked_spec, draw, prompt_of, shown_spec
+from model.scenes import SIZES, SceneTruth, asked_spec, draw, possible_artefacts, prompt_of, shown_spec
 
 # The sizes that are scored, and about half of them: noise and edges look different after shrinking.
 _SIZES = (*SIZES, (256, 256), (384, 256), (256, 384), (320, 320))
@@ -93,12 +92,8 @@ def plan(split: Split, number: int) -> ScenePlan:
 
 
 def _plan(split: Split, seed: int, mismatch: Mismatch, specs: tuple[SceneSpec, SceneSpec], random: Random) -> ScenePlan:
-    artefacts = list(Artefact)
-    if not all(any(group.kind is Kind.PERSON for group in spec.groups) for spec in specs):
-        artefacts.remove(Artefact.WRONG_ANATOMY)
-    else:  # persons are rare, and their flaws the smallest of all
-        artefacts += [Artefact.WRONG_ANATOMY] * 3
-    artefact, sign = random.choice(artefacts), random.choice(list(ProhibitedSign))
+    artefact = random.choice(possible_artefacts(*specs, is_teaching=True))
+    sign = random.choice(list(ProhibitedSign))
     first = SceneTruth(
         mismatch if random.random() < _MISMATCH_SHARE else None,
         artefact if random.random() < _ARTEFACT_SHARE else None,
@@ -185,7 +180,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="that draw")
     args = parser.parse_args()
     if not 0 < args.scenes <= _MAX_SCENES:
-        raise ConfigError(f"--scenes {args.scenes} is not within 1 and {_MAX_SCENES}")
+        parser.error(f"--scenes {args.scenes} is not within 1 and {_MAX_SCENES}")
     write(args.out, args.split, range(args.scenes), args.processes)
     print(f"{args.out / args.split}: {args.scenes} scenes of {args.split}, {4 * args.scenes} images")
 

@@ -151,22 +151,31 @@ def truth_of(seed: int) -> SceneTruth:
     """What is wrong with the scene of ``seed`` where no truth is asked for; nothing is drawn."""
     asked, random = asked_spec(seed), _random("truth", seed)
     mismatch = random.choice(possible_mismatches(asked)) if random.random() < _MISMATCH_SHARE else None
-    artefacts = list(Artefact)
-    if not _has_person(_shown(asked, mismatch, seed)):
-        artefacts.remove(Artefact.WRONG_ANATOMY)
+    artefacts = possible_artefacts(_shown(asked, mismatch, seed))
     artefact = random.choice(artefacts) if random.random() < _ARTEFACT_SHARE else None
     sign = random.choice(list(ProhibitedSign)) if random.random() < _SIGN_SHARE else None
     return SceneTruth(mismatch, artefact, sign)
+
+
+def possible_artefacts(*shown: SceneSpec, is_teaching: bool = False) -> list[Artefact]:
+    """The artefacts that images of all of ``shown`` can have.
+
+    ``is_teaching``: wrong anatomy four times, since persons are rare and their flaws the smallest of all.
+    """
+    artefacts = list(Artefact)
+    if not all(map(_has_person, shown)):
+        artefacts.remove(Artefact.WRONG_ANATOMY)
+    elif is_teaching:
+        artefacts += [Artefact.WRONG_ANATOMY] * 3
+    return artefacts
 
 
 def possible_truths(seed: int) -> Iterator[SceneTruth]:
     """Every truth that the scene of ``seed`` can have, the right one first."""
     asked = sample_spec(_random("spec", seed))
     for mismatch in (None, *possible_mismatches(asked)):
-        has_person = _has_person(_shown(asked, mismatch, seed))
-        for artefact in (None, *Artefact):
-            if artefact is not Artefact.WRONG_ANATOMY or has_person:
-                yield from (SceneTruth(mismatch, artefact, sign) for sign in (None, *ProhibitedSign))
+        for artefact in (None, *possible_artefacts(_shown(asked, mismatch, seed))):
+            yield from (SceneTruth(mismatch, artefact, sign) for sign in (None, *ProhibitedSign))
 
 
 def _random(purpose: str, seed: int) -> Random:
