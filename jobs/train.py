@@ -193,7 +193,9 @@ def _write(
     keys = {} if base.bundle.skip_ca_keys is None else {"skip_ca_keys": base.bundle.skip_ca_keys}
     backbone = read_backbone(base.family, base.folder, **keys)
     objective = objective_of(config, base.family)
-    trained = writer.Trained(config.perspective, base, objective, lora_of(config), state["parameters"])
+    temperature = state["history"][-1]["eval_temperature"] if config.fit_temperature else 1.0
+    parameters = writer.at_temperature(state["parameters"], temperature)
+    trained = writer.Trained(config.perspective, base, objective, lora_of(config), parameters)
     name = config.checkpoint_name
     writer.write_adapter(out / config.perspective, trained, backbone, getattr(torch, config.dtype))
     write_curves(out, state["history"])
@@ -206,6 +208,7 @@ def _write(
         held_out=held_out.facts if held_out else None,
         config=config.model_dump(mode="json"),
         history=state["history"],
+        temperature=temperature,
         groups=state["groups"],
         versions={"assay": code_version(), "torch": torch.__version__, "ray": ray.__version__},
     )

@@ -70,6 +70,9 @@ class TrainConfig(BaseModel):
     use_margin: bool = False
     skip_ca: bool | None = None  # phi3v: yes, as published; qwen and llava: no
     lora: LoraSettings = LoraSettings()
+    # After the last step rewards are divided by the temperature with which eval_data are likeliest: a reward is then as
+    # sure as it is right. No order of rewards changes. For losses with one value a reward.
+    fit_temperature: bool = False
 
     epochs: float = Field(default=3, gt=0)
     batch_size: int = Field(default=16, gt=0)  # records of a step, over all workers
@@ -137,6 +140,12 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"work={self.work}: a run lies in its output={self.output} unless that is in S3; leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _temperature_needs_data(self) -> Self:
+        if self.fit_temperature and self.eval_data is None:
+            raise ValueError("fit_temperature=true needs held-out records; give --eval-data")
         return self
 
     @property

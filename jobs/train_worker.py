@@ -19,6 +19,7 @@ from torch import Tensor
 
 from jobs.train_config import TrainConfig
 from jobs.train_progress import tell
+from model.errors import ConfigError
 from model.llava_reward.backbones.families import read_backbone
 from model.llava_reward.checkpoint import load_untrained
 from model.llava_reward.model_config import check_head
@@ -56,6 +57,8 @@ def objective_of(config: TrainConfig, family: str) -> Objective:
         has_margin=config.use_margin,
     )
     check_head(family, objective.head, config.folder)
+    if config.fit_temperature and objective.head.is_general_preference:
+        raise ConfigError(f"fit_temperature=true: {objective.name} has no one value to divide; leave it out")
     return objective
 
 

@@ -28,6 +28,7 @@ from jobs.train_curves import write_curves
 from jobs.train_progress import PROGRESS_FILE, Follow, tell
 from model import storage
 from model.errors import ConfigError, DivergedError
+from model.llava_reward.checkpoint import read_tensors
 from model.scorer import load
 from tests.train_helpers import draw
 
@@ -98,6 +99,7 @@ def test_flags_add_to_the_mappings_of_the_file(tmp_path: Path) -> None:
         ({"output": "s3://bucket/x", "work": "s3://bucket/y"}, r"work: .* must be a folder that every worker sees"),
         ({"output": "gs://bucket/x"}, r"unsupported URI scheme 'gs'"),
         ({"work": "/tmp/y"}, r"work=/tmp/y: a run lies in its output=/tmp/x unless that is in S3; leave it out"),
+        ({"fit_temperature": True}, r"fit_temperature=true needs held-out records; give --eval-data"),
         ({"backbone": None}, r"backbone is required; give --backbone, or backbone: in --config"),
     ],
 )
@@ -114,6 +116,10 @@ def test_a_wrong_setting_is_named(changed: dict[str, Any], message: str) -> None
         ({"loss": "SFTSumLoss"}, "loss='SFTSumLoss' cannot be used"),
         ({"loss": "gpm", "value_head_dim": 4}, "value_head_dim=4: GeneralPreferenceLoss needs 2"),
         ({"use_margin": True}, "has no rates"),
+        (
+            {"loss": "gpm", "fit_temperature": True, "eval_data": "x"},
+            "has no one value to divide",
+        ),
         ({"backbone": "nowhere"}, "checkpoint 'nowhere' is neither a folder"),
     ],
 )
@@ -290,8 +296,19 @@ def test_a_run_ends_with_a_checkpoint_that_loads(undisturbed: tuple[Path, Path])
 def test_two_workers_have_the_losses_of_one(undisturbed: tuple[Path, Path], ray_stack: LocalStack) -> None:
     out, data = undisturbed
     folder = data.parent
-    assert train(ray_stack, arguments(folder, "two", data, eval_data=str(data), workers=2)) == 0
+    rows = json.loads(data.read_text())
+    rows[0] |= {"chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"]}  # a pair that will be wrong
+    (folder / "eval.json").write_text(json.dumps(rows))
+    changed = {"eval_data": str(folder / "eval.json"), "workers": 2, "fit_temperature": True}
+    assert train(ray_stack, arguments(folder, "two", data, **changed)) == 0
     assert history_of(folder / "two") == pytest.approx(history_of(out), abs=1e-4)
+    temperature = json.loads((folder / "two" / "metrics.json").read_text())["last"]["eval_temperature"]
+    one, two = (
+        read_tensors(root / "safety" / "pytorch_model.bin")["value_head.weight"] for root in (out, folder / "two")
+    )
+    assert temperature != pytest.approx(1.0, abs=0.1)
+    torch.testing.assert_close(two * temperature, one, atol=1e-3, rtol=1e-2)
+    assert f"divided by {temperature:.4g}" in (folder / "two" / "MODEL_CARD.md").read_text()
 
 
 @pytest.mark.cluster

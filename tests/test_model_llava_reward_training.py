@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 from model.errors import ConfigError, DivergedError, InputError
 from model.llava_reward.losses import PAIR_LOSSES
+from model.llava_reward.training.metrics import fitted_temperature
 from model.llava_reward.training.objective import CLASSIFICATION, make_objective
 from model.llava_reward.training.trainable import LORA, TEMPERATURE
 from tests.llava_reward_bundles import write_bundle
@@ -164,6 +167,32 @@ def test_an_evaluation_is_the_mean_over_its_records(tmp_path: Path) -> None:
             loop._eval_records = [record]
             parts.append(loop.evaluate().loss)
     assert together.loss == pytest.approx(sum(parts) / 5, abs=1e-5)
+
+
+def test_a_temperature_makes_log_odds_as_sure_as_they_are_right() -> None:
+    # Three of four are right: the odds that fit are 3 to 1, so 6 / T is log 3.
+    assert fitted_temperature(torch.tensor([6.0, 6.0, 6.0, -6.0])) == pytest.approx(6 / math.log(3), rel=1e-6)
+    assert fitted_temperature(torch.tensor([0.06, 0.06, 0.06, -0.06])) == pytest.approx(0.06 / math.log(3), rel=1e-6)
+    assert fitted_temperature(torch.tensor([0.5, 3.0])) == 1.0  # never wrong: nothing bounds it from below
+    assert fitted_temperature(torch.tensor([-2.0, -3.0, 1.0])) == pytest.approx(100.0)  # worse than a coin
+    odds = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * 3
+    is_right = torch.rand(20_000, generator=torch.Generator().manual_seed(1)) < odds.abs().sigmoid()
+    told = torch.where(is_right, odds.abs(), -odds.abs()) * 4  # four times as sure as they are right
+    assert fitted_temperature(told) == pytest.approx(4.0, rel=0.05)
+
+
+def test_an_evaluation_has_the_temperature_of_its_records(tmp_path: Path) -> None:
+    records = pairs(tmp_path, 6)
+    swapped = [replace(one, chosen=one.rejected, rejected=one.chosen) for one in records[:2]]
+    with loop_of(records, eval_records=[*swapped, *records[2:]], settings={**SLOW, "epochs": 8}) as loop:
+        losses(loop)
+        found = loop.evaluate()
+        weight = loop._reward.branch.value_head.weight
+        weight.data /= found.temperature
+        again = loop.evaluate()
+    assert found.accuracy == again.accuracy < 1
+    assert again.temperature == pytest.approx(1.0, rel=1e-3)
+    assert again.loss <= found.loss
 
 
 def test_a_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:

@@ -28,8 +28,11 @@ SAFETY = Perspective.SAFETY
 FAMILIES = {"phi3v": {}, "qwen": {"skip_ca_keys": "image_tokens"}, "llava": {"has_skip_ca": False}}
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_written_adapter_gives_the_trained_rewards_under_published_names(family: str, tmp_path: Path) -> None:
+def test_the_written_adapter_gives_the_trained_rewards_under_published_names(
+    family: str, temperature: float, tmp_path: Path
+) -> None:
     variant = "bt_plain" if family == "llava" else "bt_skipca"
     folder = DEMO if family == "phi3v" else write_bundle(tmp_path / family, family, {"safety": "bt_plain"})
     base, records = read_base(str(folder)), pairs(tmp_path / "images", 4)
@@ -40,7 +43,8 @@ def test_the_written_adapter_gives_the_trained_rewards_under_published_names(fam
         with torch.no_grad():
             expected = loop._reward(shared)
         objective = make_objective("bt", has_skip_ca=family != "llava")
-        trained = writer.Trained(SAFETY, base, objective, LORA, loop.state()["parameters"])
+        parameters = writer.at_temperature(loop.state()["parameters"], temperature)
+        trained = writer.Trained(SAFETY, base, objective, LORA, parameters)
         adapter, backbone = tmp_path / "adapter", loop._reward.backbone
         writer.write_adapter(adapter, trained, backbone, torch.float32)
         network = load_network(
@@ -54,7 +58,7 @@ def test_the_written_adapter_gives_the_trained_rewards_under_published_names(fam
         branch = network.branch(SAFETY)
         with torch.no_grad():
             found = branch(backbone.end_state(branch.model, shared, backbone.project(branch.model, shared)))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, expected / temperature, atol=1e-4, rtol=1e-4)
     assert float(found.std()) > 0.05  # rewards that differ
     published = GOLDEN / family / variant / "adapter"
     for name in ("pytorch_model.bin", "lora/adapter_model.bin"):
@@ -152,6 +156,7 @@ def test_the_card_tells_data_settings_and_metrics() -> None:
         held_out=None,
         config={"learning_rate": 0.0002},
         history=[line],
+        temperature=2.5,
         groups={"lora": (10, 0.5)},
         versions={"torch": "2.13"},
     )
@@ -164,4 +169,5 @@ def test_the_card_tells_data_settings_and_metrics() -> None:
         assert part in text
     assert "| always the commoner label | | 0.7500 | |" in text  # what 0.875 must be compared with
     assert "held out: nothing" in text
+    assert "rewards were divided by 2.5, the temperature" in text
     assert "| lora | 10 | 0.5 |" in text

@@ -43,10 +43,15 @@ def model_card(
     held_out: DataFacts | None,
     config: Mapping[str, Any],
     history: Sequence[Mapping[str, float]],
+    temperature: float,
     groups: Mapping[str, tuple[int, float]],
     versions: Mapping[str, str],
 ) -> str:
-    """Markdown. ``groups``: per group its parameters, and the root mean square of how far they moved."""
+    """Markdown.
+
+    - temperature: what rewards were divided by after the last step
+    - groups: per group its parameters, and the root mean square of how far they moved
+    """
     last = history[-1]
     lines = [
         f"# {name}",
@@ -70,6 +75,7 @@ def model_card(
         _row("training", _mean(history[-20:])),
         *([_row("held out", {key: last[f"eval_{key}"] for key in _KEYS})] if "eval_loss" in last else []),
         *_majority_row(held_out or data),
+        *_temperature_lines(temperature),
         "",
         "## What was trained",
         "",
@@ -91,6 +97,13 @@ def model_card(
 
 
 _KEYS = ("loss", "accuracy", "probability")
+
+
+def _temperature_lines(temperature: float) -> list[str]:
+    if temperature == 1.0:
+        return []
+    said = f"After the last step rewards were divided by {temperature:.4g}, the temperature with which the held-out"
+    return ["", f"{said} records are likeliest; losses and probabilities above are from before."]
 
 
 def _note(objective: Objective) -> str:

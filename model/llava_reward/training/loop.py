@@ -21,7 +21,7 @@ from model.errors import ConfigError, DivergedError
 from model.llava_reward.losses import PairLoss
 from model.llava_reward.training.batches import Stream, check_division, cut, shard
 from model.llava_reward.training.inputs import Feeder
-from model.llava_reward.training.metrics import Scores, Sums, scores
+from model.llava_reward.training.metrics import Evaluation, Sums, fitted_temperature, scores
 from model.llava_reward.training.objective import Objective, Outcome, paired_outcome, unpaired_outcome
 from model.llava_reward.training.parallel import Workers, put, whole
 from model.llava_reward.training.schedule import learning_rate_factor
@@ -163,20 +163,22 @@ class Loop:
         return self._settings.learning_rate * factor
 
     @torch.no_grad()
-    def evaluate(self) -> Scores:
-        """Loss and accuracy on the held-out records, without dropout."""
+    def evaluate(self) -> Evaluation:
+        """Loss, accuracy and fitted temperature on the held-out records, without dropout."""
         size, workers = self._settings.micro_batch, self._workers
         self._reward.set_dropout(False)
         pieces = cut(self._eval_records, size * workers.world)
         own = [piece[workers.rank * size : (workers.rank + 1) * size] for piece in pieces]
-        sums = Sums(self._device)
+        sums, logits = Sums(self._device), list[float]()
         # A worker without records of its own still takes part: its parts of the weights are needed.
         for mine, (records, shared) in zip(own, self._feeder.feed(one or pieces[0][:1] for one in own), strict=True):
             outcome = self._outcome(records, self._forward_only(shared))
             if mine:
                 sums.add(outcome, len(records))
+                logits += outcome.logits.tolist()
         self._reward.set_dropout(True)
-        return scores(workers.sum(sums.values))
+        temperature = fitted_temperature(torch.tensor(workers.gather(logits)))
+        return Evaluation(**asdict(scores(workers.sum(sums.values))), temperature=temperature)
 
     def _forward_only(self, shared: Any) -> Tensor:
         # Past DDP, which would prepare for a backward pass; FSDP is the network itself.

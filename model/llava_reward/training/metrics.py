@@ -17,7 +17,8 @@ class Sums:
         self.values = torch.zeros(4, dtype=torch.float64, device=device)
 
     def add(self, outcome: Outcome, count: int) -> None:
-        own = (outcome.loss.detach() * count, outcome.correct, outcome.probability, torch.tensor(float(count)))
+        probability = outcome.logits.sigmoid().sum()
+        own = (outcome.loss.detach() * count, outcome.correct, probability, torch.tensor(float(count)))
         self.values += torch.stack([value.to(self.values) for value in own])
 
 
@@ -28,6 +29,37 @@ class Scores:
     loss: float
     accuracy: float
     probability: float
+
+
+@dataclass(frozen=True)
+class Evaluation(Scores):
+    """``temperature``: what to divide the log odds by, so that they are as sure as they are right; see below."""
+
+    temperature: float
+
+
+_MAX_TEMPERATURE = 100.0
+_HALVINGS = 50
+
+
+def fitted_temperature(logits: Tensor) -> float:
+    """The temperature T in (0, 100] with the least mean of log(1 + exp(-logit / T)).
+
+    1 where every answer is right: any smaller one would do better still.
+
+    - logits: ``(b,)``, log odds of the right answers
+    - source: Guo et al. 2017, "On Calibration of Modern Neural Networks", arXiv:1706.04599, temperature scaling
+    """
+    logits = logits.double()
+    if bool((logits > 0).all()):
+        return 1.0
+    # Convex in 1 / T, so the root of its slope is the minimum.
+    low, high = 1 / _MAX_TEMPERATURE, 1e6
+    for _ in range(_HALVINGS):
+        middle = (low * high) ** 0.5
+        is_below = bool((logits * (-middle * logits).sigmoid()).mean() > 0)
+        low, high = (middle, high) if is_below else (low, middle)
+    return 1 / low
 
 
 def scores(summed: Tensor) -> Scores:

@@ -35,11 +35,11 @@ SYMMETRIC = "GeneralPreferenceLoss_no_R"
 
 
 class Outcome(NamedTuple):
-    """Of some records: mean loss (with gradient); how many are right; summed probability of the right answer."""
+    """Of some records: mean loss (with gradient); how many are right; ``(b,)`` log odds of the right answers."""
 
     loss: Tensor
     correct: Tensor
-    probability: Tensor
+    logits: Tensor
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def paired_outcome(loss: PairLoss, rewards: Tensor, margins: Sequence[float] | N
     value = loss(chosen, rejected, margin)
     score = _score(loss, chosen, rejected).detach()
     tau = loss.tau() if isinstance(loss.tau, LearnableTau) else loss.tau or 1.0
-    return Outcome(value.loss, (score > 0).sum(), (score / tau).sigmoid().sum().detach())
+    return Outcome(value.loss, (score > 0).sum(), (score / tau).detach().view(-1))
 
 
 def _score(loss: PairLoss, chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -123,6 +123,6 @@ def unpaired_outcome(rewards: Tensor, labels: Sequence[int]) -> Outcome:
     """Of ``(b, 1)`` rewards; a reward of 0 counts as label 1, as in the released evaluation."""
     wanted = torch.tensor(labels, device=rewards.device)
     value = binary_classification_loss(rewards, wanted)
-    is_right = (rewards.detach().view(-1) >= 0) == (wanted == 1)
-    probability = rewards.detach().view(-1).sigmoid()
-    return Outcome(value.loss, is_right.sum(), torch.where(wanted == 1, probability, 1 - probability).sum())
+    logits = rewards.detach().view(-1)
+    is_right = (logits >= 0) == (wanted == 1)
+    return Outcome(value.loss, is_right.sum(), torch.where(wanted == 1, logits, -logits))

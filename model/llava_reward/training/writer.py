@@ -34,6 +34,8 @@ from model.perspectives import Perspective
 
 SCORER_FILE, CARD_FILE = "scorer.json", "MODEL_CARD.md"
 
+_VALUES = "value_head.weight"
+
 # Names here to published ones, the first that fits; the other way round stands in each backbone's renames.
 _PUBLISHED = {
     "phi3v": (),
@@ -87,6 +89,11 @@ def write_adapter(out: Path, trained: Trained, backbone: Backbone[Any, Any], dty
     torch.save(lora, out / "lora" / "adapter_model.bin")
     write_json(out / "lora" / "adapter_config.json", _lora_config(trained, backbone))
     (out / "reward_config.yaml").write_text(_reward_config(trained), encoding="utf-8")
+
+
+def at_temperature(parameters: Mapping[str, Tensor], temperature: float) -> dict[str, Tensor]:
+    """The same with rewards divided by ``temperature``; the head must give one value."""
+    return {**parameters, _VALUES: parameters[_VALUES] / temperature}
 
 
 def _reward_config(trained: Trained) -> str:
