@@ -24,6 +24,7 @@ from model.scene_grammar import (
     Relation,
     Style,
     noun_phrase,
+    number_word,
 )
 from model.scenes import Scene
 
@@ -53,6 +54,9 @@ class Arrangement(StrEnum):
     ALONE = "alone"
     ROW = "row"  # from left to right
     COLUMN = "column"  # from top to bottom
+
+
+_ENDS = {Arrangement.ROW: ("left", "right"), Arrangement.COLUMN: ("above", "below")}
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,21 @@ def caption_of(scene: Scene, *, has_prompt: bool) -> Caption:
         has_prompt,
         scene.truth.mismatch if has_prompt else None,
     )
+
+
+def answer(caption: Caption, kind: Kind) -> tuple[str, ...]:
+    """What there is to say of one kind of thing: ``red two left``; ``none`` where there is no such thing.
+
+    Colour, number, and where its group lies: at an end, between, or alone. A caption names the colour before the thing
+    and so is learned by finding colours; this is learned by finding things.
+    """
+    for place, group in enumerate(caption.groups):
+        if group.kind is kind:
+            ends = _ENDS.get(caption.arrangement)
+            is_end = ends and place in (0, len(caption.groups) - 1)
+            where = ends[place > 0] if ends and is_end else caption.arrangement.value
+            return group.colour.value, number_word(group.count), where
+    return (_NONE,)
 
 
 def parse_caption(text: str) -> Caption:

@@ -262,6 +262,16 @@ def noun_phrase(group: Group) -> str:
     return f"{_article(phrase) if group.count == 1 else _NUMBERS[group.count]} {phrase}"
 
 
+def number_word(count: int) -> str:
+    """``two``; up to ``MAX_COUNT``."""
+    return _NUMBERS[count]
+
+
+def names_of(kind: Kind) -> tuple[str, str]:
+    """Of one, and of several: ``ball``, ``balls``."""
+    return kind.value, _PLURALS.get(kind, f"{kind}s")
+
+
 def place_phrase(background: Background) -> str:
     """The background as prompts name it: ``on a beach``."""
     return _WHERE[background][0]
@@ -276,7 +286,7 @@ def _restated(group: Group) -> str:
 
 
 def _noun(group: Group) -> str:
-    return group.kind.value if group.count == 1 else _PLURALS.get(group.kind, f"{group.kind}s")
+    return names_of(group.kind)[group.count > 1]
 
 
 def _article(phrase: str) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import yaml
 
 from model.perspectives import PERSPECTIVES, Perspective
 from model.preferences import LabelledImage, PreferencePair, Record, read_preferences
@@ -74,9 +76,27 @@ def test_the_shipped_checkpoint_knows_scenes_that_taught_nothing(
     assert reached >= REACHED[perspective]
 
 
-def test_it_is_small_trained_and_says_how() -> None:
+def test_it_is_small_trained_and_says_how(scorer: Scorer) -> None:
     demo = SHIPPED / "demo"
+    scorer.check_golden()
     assert sum(path.stat().st_size for path in demo.rglob("*") if path.is_file()) < _MAX_BYTES
     assert json.loads((demo / "scorer.json").read_text())["is_trained"] is True
     for perspective in PERSPECTIVES:
         assert f"Perspective `{perspective}`" in (demo / perspective / "MODEL_CARD.md").read_text()
+
+
+def test_it_is_the_published_network_at_a_small_size() -> None:
+    demo = SHIPPED / "demo"
+    config = json.loads((demo / "backbone" / "config.json").read_text())
+    assert config["num_hidden_layers"] >= 4
+    assert config["hidden_size"] == 160
+    for perspective in PERSPECTIVES:
+        head = yaml.safe_load((demo / perspective / "reward_config.yaml").read_text())
+        assert head["add_cross_attention"] is True
+        lora = torch.load(demo / perspective / "lora" / "adapter_model.bin", weights_only=True)
+        assert {min(tensor.shape) for tensor in lora.values()} == {8}
+        assert all(tensor.abs().max() > 0 for tensor in lora.values())
+        moved = torch.load(demo / perspective / "pytorch_model.bin", weights_only=True)
+        assert all(
+            moved[name].abs().max() > 0 for name in ("value_head.weight", "W_q.weight", "W_k.weight", "W_v.weight")
+        )

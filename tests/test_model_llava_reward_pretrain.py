@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,15 @@ from model.llava_reward.pixels import crops_from_pixels
 from model.llava_reward.pretrain import DEFAULT_CONFIG, Pretraining
 from model.llava_reward.pretrain_config import PretrainConfig, read_pretrain_config
 from model.llava_reward.pretrain_data import (
+    ANSWER,
     FIELDS,
     LABELS,
     NO_FIELD,
     NO_WORD,
+    SHARED,
     Sample,
     SceneSamples,
+    _asked,
     cell_labels,
     cells_by_crop,
     draw_scene,
@@ -44,11 +48,11 @@ from model.llava_reward.prompt_tokens import PromptTokenizer
 from model.llava_reward.scene_tokenizer import build_scene_tokenizer
 from model.llava_reward.small_phi3v import write_configs
 from model.perspectives import Perspective
-from model.scene_captions import Field, caption_of, parse_caption
+from model.scene_captions import Field, answer, caption_of, parse_caption
 from model.scene_flaws import Artefact, ProhibitedSign
-from model.scene_grammar import HELD_OUT_PAIRS, Colour, Kind, Mismatch, holds_held_out_pair
+from model.scene_grammar import HELD_OUT_PAIRS, Colour, Kind, Mismatch, holds_held_out_pair, names_of
 from model.scene_splits import Split
-from model.scenes import SceneTruth, draw
+from model.scenes import SceneTruth, asked_spec, draw
 from tests.random_adapter import write_adapter
 
 _SMALL: Mapping[str, Any] = yaml.safe_load("""
@@ -57,7 +61,7 @@ is_mixed: false
 network: {crop: 28, patch: 7, num_crops: 4, tower_width: 16, tower_mlp: 24, tower_layers: 2, tower_heads: 2,
           hidden: 24, mlp: 32, layers: 2, heads: 2}
 scenes: {sizes: [[64, 64], [128, 64], [64, 96]], prompt_share: 0.6, mismatch_share: 0.5, artefact_share: 0.5,
-         sign_share: 0.4}
+         sign_share: 0.4, more_prompts: 2, questions: 4}
 tower: {batch: 4, micro_batch: 2, steps: 4, warmup: 2, rate: 2.0e-3, last_rate: 0.1, beta1: 0.9, beta2: 0.98,
         weight_decay: 0.1, clip: 1.0, fine_crops: 1}
 captions: {batch: 4, micro_batch: 2, steps: 6, warmup: 2, rate: 2.0e-3, last_rate: 0.1, beta1: 0.9, beta2: 0.98,
@@ -75,8 +79,8 @@ def _config(folder: Path, **changes: Any) -> PretrainConfig:
     return read_pretrain_config(folder / "config.yaml")
 
 
-def _samples(folder: Path, split: Split = Split.TRAINING, length: int = 40) -> SceneSamples:
-    config = _config(folder)
+def _samples(folder: Path, split: Split = Split.TRAINING, length: int = 40, **more: int) -> SceneSamples:
+    config = _config(folder, scenes={"more_prompts": 0, "questions": 0, **more})
     write_configs(folder, config.network, build_scene_tokenizer(), is_tied=True)
     return SceneSamples(split, config.scenes, config.network, folder / "tokenizer.json", config.captions, length)
 
@@ -169,6 +173,88 @@ def test_a_prompt_is_wrong_from_the_first_word_that_is(tmp_path: Path) -> None:
     assert {mismatch for _, mismatch in ends} == {None, *Mismatch}
 
 
+def test_more_prompts_follow_and_each_says_whether_it_is_right(tmp_path: Path) -> None:
+    few, many = _samples(tmp_path, length=120), _samples(tmp_path, length=120, more_prompts=3)
+    tokenizer = PromptTokenizer(tmp_path / "tokenizer.json")
+    faults = []
+    for number in range(120):
+        alone, sample = few[number], many[number]
+        # the scene's own text is as it was
+        own = sample.texts <= 1
+        for name in ("input_ids", "texts", "positions", "weights", "fields", "wrong"):
+            assert (getattr(sample, name)[own] == getattr(alone, name)).all()
+        assert sample.faults[: len(alone.faults)] == alone.faults
+        before = int((sample.texts == SHARED).sum())
+        for text, fault in zip((2, 3, 4), sample.faults[len(alone.faults) :], strict=True):
+            place = sample.texts == text
+            assert (sample.positions[place] == before + np.arange(place.sum())).all()
+            assert sample.input_ids[place][-1] == tokenizer.end_id
+            assert not sample.weights[place].any()  # nothing is asked of it but whether it is right
+            wrong = sample.wrong[place].tolist()
+            assert wrong == sorted(wrong)
+            assert wrong[-1] == (fault is not None)
+            faults.append(fault)
+    assert {fault: faults.count(fault) > 10 for fault in (None, *Mismatch)} == dict.fromkeys((None, *Mismatch), True)
+    assert 0.4 < faults.count(None) / len(faults) < 0.6
+
+
+def test_questions_have_the_answers_that_the_image_gives(tmp_path: Path) -> None:
+    samples, config = _samples(tmp_path, questions=5), _config(tmp_path)
+    tokenizer = PromptTokenizer(tmp_path / "tokenizer.json")
+    names = {tokenizer.inner_ids(name)[0]: kind for kind in Kind for name in names_of(kind)}
+    numbers = set()
+    for number in range(40):
+        sample, (scene, _) = samples[number], draw_scene(Split.TRAINING, number, config.scenes)
+        place = sample.texts == 2
+        ids, weights = sample.input_ids[place].tolist(), sample.weights[place].tolist()
+        start = len(tokenizer.after_image(""))
+        assert ids[:start] == tokenizer.after_image("")
+        assert [FIELDS[f] if f != NO_FIELD else "" for f in sample.fields[place]] == [
+            ANSWER if w else "" for w in weights
+        ]
+        asked = [n for n in range(start, len(ids)) if not weights[n]]
+        told = {}
+        for first, last in zip(asked, [*asked[1:], len(ids)], strict=True):
+            told[names[ids[first]]] = ids[first + 1 : last]
+        assert len(told) == len(asked) == 5
+        assert {group.kind for group in scene.shown.groups} <= set(told)
+        caption = caption_of(scene, has_prompt=False)
+        for kind, found in told.items():
+            assert found == [one for word in answer(caption, kind) for one in tokenizer.inner_ids(word)]
+        numbers.add(sample.input_ids[place].tobytes())
+    assert len(numbers) == 40
+
+
+def test_no_prompt_of_training_asks_for_a_held_out_pair() -> None:
+    random = Random(0)
+    asked = [_asked(asked_spec(seed), random, may_hold_any=False) for seed in range(400)]
+    assert not any(holds_held_out_pair(one) for one, _, fault in asked if fault)
+    assert all((one == right) == (fault is None) for one, right, fault in asked)
+    anything = [_asked(asked_spec(seed), random, may_hold_any=True) for seed in range(400)]
+    assert any(holds_held_out_pair(one) and not holds_held_out_pair(right) for one, right, _ in anything)
+
+
+def test_a_prompt_is_read_as_if_it_stood_alone(tmp_path: Path) -> None:
+    """The answer on each of many prompts is that of a sample that has only this one."""
+    samples = _samples(tmp_path, more_prompts=3)
+    network = PretrainNetwork(tmp_path, seed=0)
+    many = samples[5]
+    with torch.inference_mode():
+        together = network(network.see([many, samples[6]]))
+        start = 0
+        for text in sorted(set(many.texts) - {SHARED}):
+            kept = (many.texts == SHARED) | (many.texts == text)
+            arrays = {name: getattr(many, name)[kept] for name in ("input_ids", "positions", "weights", "wrong")}
+            texts = np.minimum(many.texts[kept], 1)
+            alone = network(network.see([replace(many, **arrays, texts=texts)]))
+            stop = start + len(alone.wrong)
+            torch.testing.assert_close(together.wrong[start:stop], alone.wrong, atol=1e-5, rtol=1e-5)
+            assert bool(alone.wrong.std() > 1e-3)  # answers that differ
+            start = stop
+            if text == 1:
+                torch.testing.assert_close(together.losses[: len(alone.losses)], alone.losses, atol=1e-5, rtol=1e-5)
+
+
 def test_cells_say_where_things_are() -> None:
     scene = draw(4, size=(128, 64), truth=SceneTruth(artefact=Artefact.BROKEN_OBJECT))
     # 128x64 in crops of 32 pixels, four at most: s=2 gives 64x32 in one row of two crops, with cells of 16 pixels
@@ -195,7 +281,8 @@ def test_cells_by_crop() -> None:
     #   4 5 | 6 7
     cells = np.arange(12, dtype=np.uint8)[:, None]
     none = np.zeros(0)
-    sample = Sample(np.zeros((32, 64, 3), dtype=np.uint8), none, none, none, none, cells, np.array([1, 0]))
+    pixels = np.zeros((32, 64, 3), dtype=np.uint8)
+    sample = Sample(pixels, none, none, none, none, none, none, (), cells, np.array([1, 0]))
     assert cells_by_crop(sample, 32, 2)[..., 0].tolist() == [[8, 9, 10, 11], [0, 1, 4, 5], [2, 3, 6, 7]]
 
 
@@ -359,9 +446,18 @@ def test_it_learns(tmp_path: Path, is_mixed: bool, stage: str) -> None:
     config = _config(tmp_path, is_mixed=is_mixed, **{stage: {"steps": 40, "rate": 1.0e-2}})
     run = Pretraining(tmp_path, config, workers=0)
     run.begin(stage)
+    losses = [run.train_step(batch) for batch in run._batches()]
+    main = "cells" if stage == "tower" else "loss"
+    assert losses[-1][main] < 0.6 * losses[0][main]
+
+
+def test_it_learns_which_words_are_wrong(tmp_path: Path) -> None:
+    """Of one batch: from 160 others a network this small learns nothing of prompts."""
+    run = Pretraining(tmp_path, _config(tmp_path, captions={"rate": 1.0e-2, "steps": 40}), workers=0)
+    run.begin("captions")
     batch = next(run._batches())
     losses = [run.train_step(batch) for _ in range(40)]
-    assert all(losses[-1][name] < 0.6 * losses[0][name] for name in losses[0])
+    assert losses[-1]["words"] < 0.6 * losses[0]["words"]
 
 
 def test_measuring_cells_counts_what_is_right(tmp_path: Path) -> None:

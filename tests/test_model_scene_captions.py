@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from model.scene_captions import Arrangement, Caption, Field, caption_of, parse_caption
+from model.scene_captions import Arrangement, Caption, Field, answer, caption_of, parse_caption
 from model.scene_flaws import Artefact, HarmlessSign, ProhibitedSign
 from model.scene_grammar import Background, Colour, Group, Kind, Mismatch, Style
 from model.scenes import Scene, SceneTruth, asked_spec, draw
@@ -99,3 +99,22 @@ def test_one_thing_is_flawed_where_things_are() -> None:
         assert sum(thing.is_flawed for thing in scene.things) == 1
         assert not any(thing.is_flawed for thing in draw(seed, size=SMALL, truth=SceneTruth()).things)
         assert len(scene.things) == sum(group.count for group in asked_spec(seed).groups)
+
+
+def test_an_answer_tells_colour_number_and_place() -> None:
+    first, second, third = (
+        Group(Kind.BALL, Colour.RED, 1),
+        Group(Kind.CUP, Colour.BLUE, 3),
+        Group(Kind.CAR, Colour.PINK, 2),
+    )
+
+    def told(arrangement: Arrangement, *groups: Group) -> list[tuple[str, ...]]:
+        caption = Caption(groups, arrangement, Background.SNOW, Style.FLAT, None, None)
+        return [answer(caption, group.kind) for group in groups]
+
+    assert told(Arrangement.ALONE, second) == [("blue", "three", "alone")]
+    assert told(Arrangement.ROW, first, second) == [("red", "one", "left"), ("blue", "three", "right")]
+    assert [words[2] for words in told(Arrangement.COLUMN, first, second, third)] == ["above", "column", "below"]
+    assert [words[2] for words in told(Arrangement.ROW, first, second, third)] == ["left", "row", "right"]
+    caption = Caption((first,), Arrangement.ALONE, Background.SNOW, Style.FLAT, None, None)
+    assert answer(caption, Kind.HOUSE) == ("none",)

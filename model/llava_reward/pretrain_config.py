@@ -21,6 +21,9 @@ class Scenes:
     - sizes: width and height in pixels, one of them for each scene
     - prompt_share: scenes that come with their prompt; ``mismatch_share`` of these contradict it
     - artefact_share, sign_share: scenes with an artefact; with a prohibited sign
+    - more_prompts: of a scene besides its own, half of them contradicting it
+    - questions: kinds of things of which a scene says what it shows of them; at least the kinds that it shows, and at
+      most all
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -28,6 +31,8 @@ class Scenes:
     mismatch_share: float
     artefact_share: float
     sign_share: float
+    more_prompts: int
+    questions: int
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,17 @@
 
 A sample is what the reward sees, then the caption: text before the image, image slots, prompt, end token, caption,
 end token. The caption is written behind the end token so that the end token's state, which rewards read, already
-knows what is to be said of image and prompt.
+knows what is to be said of image and prompt. More texts follow, each read as if it came right after the image, which
+costs far more than they do: what there is to say of this and that kind of thing, and other prompts, since only many
+teach which of their words contradict an image.
 
 Letters: n: tokens, q: cells of the image (the tower's merged tokens, without separators), v: labels of a cell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -21,16 +23,33 @@ from model.llava_reward.pretrain_config import CaptionStage, Scenes
 from model.llava_reward.processor import IMAGE_TOKEN, HdLayout, hd_layout, hd_transform
 from model.llava_reward.prompt_tokens import PromptTokenizer
 from model.llava_reward.small_phi3v import NetworkSizes
-from model.scene_captions import Caption, Field, caption_of
+from model.scene_captions import Caption, Field, answer, caption_of
 from model.scene_flaws import Artefact, HarmlessSign, ProhibitedSign
-from model.scene_grammar import HELD_OUT_PAIRS, Background, Colour, Kind, SceneSpec, Style, possible_mismatches
+from model.scene_grammar import (
+    HELD_OUT_PAIRS,
+    Background,
+    Colour,
+    Kind,
+    Mismatch,
+    SceneSpec,
+    Style,
+    contradict,
+    describe,
+    holds_held_out_pair,
+    names_of,
+    possible_mismatches,
+)
 from model.scene_splits import Split, belongs, candidate_seeds
-from model.scenes import Scene, SceneTruth, asked_spec, draw, prompt_of, shown_spec
+from model.scenes import Scene, SceneTruth, asked_spec, draw, possible_artefacts, prompt_of, shown_spec
 
-FIELDS = tuple(Field)
+ANSWER = "answer"
+FIELDS = (*Field, ANSWER)
 NO_FIELD = -1
 NO_WORD = -1
 _MATCH = FIELDS.index(Field.MATCH)
+SHARED, CAPTIONED = 0, 1  # numbers of texts: of none; of prompt and caption
+# How often more prompts are wrong in this, against the others: the hardest to see most often.
+_WRONG_IN = {Mismatch.COLOUR: 1, Mismatch.KIND: 2, Mismatch.COUNT: 2, Mismatch.RELATION: 3, Mismatch.BACKGROUND: 1}
 
 _SIGNS = (*ProhibitedSign, *HarmlessSign)
 _SURFACES = (Artefact.NOISE, Artefact.BANDING, Artefact.BLOCKING, Artefact.BLUR)
@@ -61,21 +80,39 @@ class Sample:
     """One scene.
 
     - pixels: ``(H, W, 3)`` uint8; input_ids: ``(n,)`` int64
+    - texts: ``(n,)`` int64, the number of the text that a token belongs to, from 1: prompt and caption, questions with
+      their answers, other prompts; ``SHARED`` for what stands before all of them, which each text sees beside itself
+    - positions: ``(n,)`` int64, where each token stands if its text comes right after what is shared
     - weights: ``(n,)`` float32, of predicting this token from those before; 0 where nothing is asked
-    - fields: ``(n,)`` int8, the place in ``FIELDS`` of what a caption token tells, or ``NO_FIELD``
+    - fields: ``(n,)`` int8, the place in ``FIELDS`` of what a token of caption or answer tells, or ``NO_FIELD``
     - wrong: ``(n,)`` int8, of each token of a prompt whether the prompt up to it contradicts the image (1, else 0);
       ``NO_WORD`` elsewhere
+    - faults: of each prompt, in their order, in what the image contradicts it; None: in nothing
     - cells: ``(q, v)`` uint8, 1 where ``LABELS`` are seen, in the order of the tower's merged tokens
     - crop_order: ``(crops,)`` int64, their numbers shuffled: who looks at some of the crops takes the first of these
     """
 
     pixels: np.ndarray
     input_ids: np.ndarray
+    texts: np.ndarray
+    positions: np.ndarray
     weights: np.ndarray
     fields: np.ndarray
     wrong: np.ndarray
+    faults: tuple[Mismatch | None, ...]
     cells: np.ndarray
     crop_order: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Of one text, its ids and of each what ``Sample`` says. fault: in what its prompt is wrong, if it has a prompt."""
+
+    ids: list[int]
+    weights: list[float]
+    fields: list[int]
+    wrong: list[int]
+    faults: tuple[Mismatch | None, ...]
 
 
 class SceneSamples(Dataset[Sample]):
@@ -96,35 +133,104 @@ class SceneSamples(Dataset[Sample]):
         layout = hd_layout(*scene.image.size, num_crops=self._sizes.num_crops, crop_size=self._sizes.crop)
         picture = hd_transform(scene.image, num_crops=self._sizes.num_crops, crop_size=self._sizes.crop)
         cells = cell_labels(scene, layout, 2 * self._sizes.patch, self._sizes.crop)
-        text = self._text(scene, has_prompt, _image_tokens(layout, self._sizes))
+        before = [*self._tokenizer.before_image, *[IMAGE_TOKEN] * _image_tokens(layout, self._sizes)]
+        texts = [self._captioned(scene, has_prompt), *self._answers(scene), *self._more_prompts(scene)]
         crops = layout.padded[0] * layout.padded[1] // self._sizes.crop**2
         crop_order = np.array(Random(f"crops:{number}").sample(range(crops), crops))  # noqa: S311  not secret
-        return Sample(np.array(picture), *text, cells, crop_order)
+        return _sample(np.array(picture), before, texts, cells, crop_order)
 
-    def _text(
-        self, scene: Scene, has_prompt: bool, image_tokens: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """``input_ids``, ``weights``, ``fields`` and ``wrong`` of a sample."""
-        before = [*self._tokenizer.before_image, *[IMAGE_TOKEN] * image_tokens]
+    def _captioned(self, scene: Scene, has_prompt: bool) -> _Text:
+        """The scene's prompt, or none, and its caption."""
         prompt = self._tokenizer.after_image(scene.prompt if has_prompt else "")
         # A prompt that the image contradicts is no caption of it.
         is_true = has_prompt and scene.truth.mismatch is None
         caption, fields = caption_tokens(caption_of(scene, has_prompt=has_prompt), self._tokenizer)
-        weights = [0.0] * len(before) + [self._stage.prompt_weight if is_true else 0.0] * len(prompt)
-        after = len(caption) + (0 if has_prompt else len(prompt))
+        weights = [self._stage.prompt_weight if is_true else 0.0] * len(prompt)
         weights += [self._stage.match_weight if field == _MATCH else 1.0 for field in fields]
-        return (
-            np.array([*before, *prompt, *caption], dtype=np.int64),
-            np.array(weights, dtype=np.float32),
-            np.array([NO_FIELD] * (len(before) + len(prompt)) + fields, dtype=np.int8),
-            np.array([NO_WORD] * len(before) + self._wrong(scene, prompt) * has_prompt + [NO_WORD] * after, np.int8),
+        true = self._tokenizer.after_image(prompt_of(scene.seed, scene.shown))
+        wrong = _wrong(prompt, true) if has_prompt else [NO_WORD] * len(prompt)
+        return _Text(
+            [*prompt, *caption],
+            weights,
+            [NO_FIELD] * len(prompt) + fields,
+            wrong + [NO_WORD] * len(caption),
+            (scene.truth.mismatch,) if has_prompt else (),
         )
 
-    def _wrong(self, scene: Scene, prompt: list[int]) -> list[int]:
-        """From the first word on in which it is not the prompt that describes what is shown, in the same wording."""
-        true = self._tokenizer.after_image(prompt_of(scene.seed, scene.shown))
-        same = next((n for n, (a, b) in enumerate(zip(prompt, true, strict=False)) if a != b), len(prompt))
-        return [0] * same + [1] * (len(prompt) - same)
+    def _answers(self, scene: Scene) -> Iterator[_Text]:
+        """Kinds of things in any order, each followed by what there is to say of it. Nobody can foretell which."""
+        if not self._scenes.questions:
+            return
+        random = Random(f"questions:{scene.seed}")  # noqa: S311  reproducible, not secret
+        caption, shown = caption_of(scene, has_prompt=False), [group.kind for group in scene.shown.groups]
+        others = [kind for kind in Kind if kind not in shown]
+        kinds = shown + random.sample(others, min(len(others), max(0, self._scenes.questions - len(shown))))
+        random.shuffle(kinds)
+        ids = self._tokenizer.after_image("")
+        weights = [0.0] * len(ids)
+        for kind in kinds:
+            question = self._tokenizer.inner_ids(random.choice(names_of(kind)))
+            said = [one for word in answer(caption, kind) for one in self._tokenizer.inner_ids(word)]
+            ids += question + said
+            weights += [0.0] * len(question) + [1.0] * len(said)
+        fields = [FIELDS.index(ANSWER) if weight else NO_FIELD for weight in weights]
+        yield _Text(ids, weights, fields, [NO_WORD] * len(ids), ())
+
+    def _more_prompts(self, scene: Scene) -> Iterator[_Text]:
+        random = Random(f"more prompts:{scene.seed}")  # noqa: S311  reproducible, not secret
+        for _ in range(self._scenes.more_prompts):
+            asked, shown, fault = _asked(scene.shown, random, may_hold_any=self._split is Split.HELD_OUT)
+            # The shorter of two: long ones say the same again, and every token takes time.
+            wording = min((random.getrandbits(64), random.getrandbits(64)), key=lambda w: len(_worded(shown, w)))
+            prompt, true = (self._tokenizer.after_image(_worded(spec, wording)) for spec in (asked, shown))
+            nothing = len(prompt)
+            yield _Text(prompt, [0.0] * nothing, [NO_FIELD] * nothing, _wrong(prompt, true), (fault,))
+
+
+def _asked(shown: SceneSpec, random: Random, *, may_hold_any: bool) -> tuple[SceneSpec, SceneSpec, Mismatch | None]:
+    """What a prompt may ask of an image that shows ``shown``, right or wrong; what a right one would ask, saying as
+    much; and in what it is wrong. ``may_hold_any``: held-out pairs too."""
+    while True:
+        right = replace(shown, says_background=random.random() < 0.6, says_style=random.random() < 0.4)
+        if random.random() < 0.5:
+            return right, right, None
+        faults = possible_mismatches(right)
+        [fault] = random.choices(faults, [_WRONG_IN[one] for one in faults])
+        asked = contradict(right, fault, random)
+        if may_hold_any or not holds_held_out_pair(asked):
+            return asked, right, fault
+
+
+def _worded(spec: SceneSpec, wording: int) -> str:
+    return describe(spec, Random(wording))  # noqa: S311  reproducible, not secret
+
+
+def _wrong(prompt: list[int], true: list[int]) -> list[int]:
+    """1 from the first token on in which it is not the ``true`` one, which says what is shown in the same wording."""
+    same = next((n for n, (a, b) in enumerate(zip(prompt, true, strict=False)) if a != b), len(prompt))
+    return [0] * same + [1] * (len(prompt) - same)
+
+
+def _sample(
+    pixels: np.ndarray, before: list[int], texts: Sequence[_Text], cells: np.ndarray, crop_order: np.ndarray
+) -> Sample:
+    shared, lengths = len(before), [len(text.ids) for text in texts]
+
+    def joined(of_shared: Sequence[float], of_texts: Iterable[Sequence[float]], dtype: type) -> np.ndarray:
+        return np.array([*of_shared, *(value for values in of_texts for value in values)], dtype=dtype)
+
+    return Sample(
+        pixels,
+        joined(before, (text.ids for text in texts), np.int64),
+        joined([SHARED] * shared, ([number] * n for number, n in enumerate(lengths, 1)), np.int64),
+        joined(range(shared), (range(shared, shared + n) for n in lengths), np.int64),
+        joined([0.0] * shared, (text.weights for text in texts), np.float32),
+        joined([NO_FIELD] * shared, (text.fields for text in texts), np.int8),
+        joined([NO_WORD] * shared, (text.wrong for text in texts), np.int8),
+        tuple(fault for text in texts for fault in text.faults),
+        cells,
+        crop_order,
+    )
 
 
 def draw_scene(split: Split, number: int, scenes: Scenes) -> tuple[Scene, bool]:
@@ -145,11 +251,7 @@ def _truth(
     is_wrong = has_prompt and random.random() < scenes.mismatch_share
     mismatch = random.choice(possible_mismatches(asked)) if is_wrong else None
     shown = shown_spec(seed, mismatch)
-    artefacts = list(Artefact)
-    if all(group.kind is not Kind.PERSON for group in shown.groups):
-        artefacts.remove(Artefact.WRONG_ANATOMY)
-    else:  # persons are rare, and their flaws the smallest of all
-        artefacts += [Artefact.WRONG_ANATOMY] * 3
+    artefacts = possible_artefacts(shown, is_teaching=True)
     artefact = random.choice(artefacts) if random.random() < scenes.artefact_share else None
     sign = random.choice(list(ProhibitedSign)) if random.random() < scenes.sign_share else None
     return SceneTruth(mismatch, artefact, sign), shown

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch.nn import functional as F
 
-from model.llava_reward.pretrain_data import FIELDS, LABELS, NO_FIELD, Sample
+from model.llava_reward.pretrain_data import CAPTIONED, FIELDS, LABELS, NO_FIELD, Sample
 from model.llava_reward.pretrain_network import Predictions, PretrainNetwork, SeenSample
 from model.scene_flaws import ProhibitedSign
-from model.scene_grammar import Colour, Kind
+from model.scene_grammar import Colour, Kind, Mismatch
 
 _MIDDLES = [LABELS.index(f"middle of {kind}") for kind in Kind]
 _COLOURS = [LABELS.index(colour) for colour in Colour]
@@ -24,8 +24,9 @@ _PROHIBITED = [LABELS.index(sign) for sign in ProhibitedSign]
 def measure_captions(network: PretrainNetwork, batches: Iterable[Sequence[SeenSample]]) -> dict[str, float]:
     """Over all samples of ``batches``.
 
-    - loss: mean cross-entropy of a caption token in nats
-    - prompt: share of prompts at whose end it is known whether the image contradicts them
+    - loss: mean cross-entropy of a token of captions and answers in nats
+    - prompt: share of prompts at whose end it is known whether the image contradicts them; "is" right and "not"
+      colour and so on: of those that are right, and that are wrong in this
     - exact: share of captions of which every token is the likeliest one
     - one of each ``Field``: share of its tokens that are the likeliest
     """
@@ -37,12 +38,22 @@ def measure_captions(network: PretrainNetwork, batches: Iterable[Sequence[SeenSa
         for seen in batches:
             said = network(seen)
             _count([one.sample for one in seen], said, right, asked, sums)
-            asked["prompt"] += int(said.ends.sum())
-            right["prompt"] += int(((said.wrong > 0) == said.is_wrong.bool())[said.ends].sum())
+            is_known = ((said.wrong > 0) == said.is_wrong.bool())[said.ends].tolist()
+            faults = [fault for one in seen for fault in one.sample.faults]
+            for fault, known in zip(faults, is_known, strict=True):
+                for name in ("prompt", _about(fault)):
+                    asked[name] += 1
+                    right[name] += known
     network.train()
     return {"loss": sums["loss"] / asked["loss"]} | {
-        name: right[name] / asked[name] for name in ("prompt", "exact", *FIELDS) if asked[name]
+        name: right[name] / asked[name]
+        for name in ("prompt", *map(_about, (None, *Mismatch)), "exact", *FIELDS)
+        if asked[name]
     }
+
+
+def _about(fault: Mismatch | None) -> str:
+    return f"not {fault}" if fault else "is right"
 
 
 def _count(
@@ -60,7 +71,7 @@ def _count(
             sums["loss"] += loss
             asked["loss"] += 1
             is_right = guess == sample.input_ids[place]
-            is_exact = is_exact and is_right
+            is_exact = is_exact and (is_right or sample.texts[place] != CAPTIONED)
             if sample.fields[place] != NO_FIELD:
                 field = FIELDS[sample.fields[place]]
                 asked[field] += 1

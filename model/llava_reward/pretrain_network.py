@@ -23,12 +23,12 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from model.errors import ConfigError
-from model.llava_reward.backbones.layers import Layout, Rope, embed, every_token
-from model.llava_reward.backbones.phi3v import Phi3VModel, read_backbone
+from model.llava_reward.backbones.layers import Attention, embed, every_token
+from model.llava_reward.backbones.phi3v import read_backbone
 from model.llava_reward.backbones.phi3v_vision import merge_patches
-from model.llava_reward.backbones.pictures import Pictures
+from model.llava_reward.backbones.rope import rope_tables
 from model.llava_reward.pixels import crops_from_pixels
-from model.llava_reward.pretrain_data import LABELS, NO_WORD, Sample, cells_by_crop
+from model.llava_reward.pretrain_data import LABELS, NO_WORD, SHARED, Sample, cells_by_crop
 
 _STORED = torch.bfloat16
 _VISION = "model.vision_embed_tokens."
@@ -59,6 +59,23 @@ class Predictions:
     wrong: Tensor
     is_wrong: Tensor
     ends: Tensor
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Which token sees which: ``mask`` is ``(b, 1, n, n)`` bool."""
+
+    mask: Tensor
+
+    @classmethod
+    def of(cls, texts: Tensor) -> Texts:
+        """From ``Sample.texts``, padded: ``(b, n)``."""
+        sees = (texts[:, None, :] == SHARED) | (texts[:, None, :] == texts[:, :, None])
+        return cls(sees.tril()[:, None])
+
+    def mix(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of all tokens: ``(b, n, h)``."""
+        return attention.mix(q, k, v, mask=self.mask)
 
 
 class Bf16Linear(nn.Linear):
@@ -129,22 +146,28 @@ class PretrainNetwork(nn.Module):
         samples, side = [one.sample for one in seen], self.backbone.clip.image_size
         grids = [(sample.pixels.shape[0] // side, sample.pixels.shape[1] // side) for sample in samples]
         merged = [self.vision.assemble(one.cells, grid) for one, grid in zip(seen, grids, strict=True)]
-        ids = [torch.from_numpy(sample.input_ids) for sample in samples]
-        shared = self.backbone.after_tower(merged, Pictures.of(seen), ids)
-        image_tokens = self.backbone.project(self.model, shared)
-        [(run, rope)] = shared.runs  # no two samples show the same picture, so none are joined
-        embedded = embed(self.model.embed_tokens, run.input_ids, torch.cat(list(image_tokens)))
-        hidden = _all_positions(self.model, embedded, rope, run.layout)
-        weights = pad_sequence([torch.from_numpy(s.weights) for s in samples], batch_first=True)
+        ids, texts = _padded([s.input_ids for s in samples]), _padded([s.texts for s in samples], SHARED)
+        embedded = embed(self.model.embed_tokens, ids, self.model.vision_embed_tokens(torch.cat(merged)))
+        hidden = self._all_positions(embedded, _padded([s.positions for s in samples]), Texts.of(texts))
+        weights = _padded([s.weights for s in samples])
         asked = weights > 0
         # The state before a token predicts it.
         said = hidden[:, :-1][asked[:, 1:]] @ self.model.embed_tokens.weight.T
-        losses = F.cross_entropy(said.float(), run.input_ids[asked], reduction="none")
-        labels = pad_sequence([torch.from_numpy(s.wrong) for s in samples], batch_first=True, padding_value=NO_WORD)
+        losses = F.cross_entropy(said.float(), ids[asked], reduction="none")
+        labels = _padded([s.wrong for s in samples], NO_WORD)
         words = labels != NO_WORD
         wrong = self.words(hidden[words])[:, 0].float()
-        ends = (words & ~F.pad(words[:, 1:], (0, 1)))[words]
+        goes_on = words[:, 1:] & (texts[:, 1:] == texts[:, :-1])
+        ends = (words & ~F.pad(goes_on, (0, 1)))[words]
         return Predictions(losses, said.argmax(-1), asked, weights[asked], wrong, labels[words].float(), ends)
+
+    def _all_positions(self, hidden: Tensor, positions: Tensor, texts: Texts) -> Tensor:
+        """Of all tokens, ``(b, n, h)`` to ``(b, n, h)`` after the final norm. positions: ``(b, n)``."""
+        rope = rope_tables(positions.amax(1) + 1, positions, self.backbone.config.rope)
+        for layer in self.model.layers:
+            hidden = layer(every_token, hidden, rope, texts)
+        normed: Tensor = self.model.norm(hidden)
+        return normed
 
     def read(self, folder: Path) -> None:
         """The weights of a backbone; training heads stay as they are. Raises ``ConfigError`` if its sizes differ."""
@@ -170,12 +193,9 @@ class PretrainNetwork(nn.Module):
         partial.replace(folder / "model.safetensors")
 
 
-def _all_positions(model: Phi3VModel, hidden: Tensor, rope: Rope, layout: Layout) -> Tensor:
-    """Of all tokens, ``(b, n, h)`` to ``(b, n, h)`` after the final norm."""
-    for layer in model.layers:
-        hidden = layer(every_token, hidden, rope, layout)
-    normed: Tensor = model.norm(hidden)
-    return normed
+def _padded(values: Sequence[np.ndarray], padding: float = 0) -> Tensor:
+    """One row a sample, padded on the right."""
+    return pad_sequence([torch.from_numpy(one) for one in values], batch_first=True, padding_value=padding)
 
 
 def _initialise(network: PretrainNetwork, generator: torch.Generator) -> None:

@@ -8,12 +8,13 @@ Letters: b: sequences, l: their length, d: head dimension, h: hidden size, m: en
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, (b, 1, l, d)
+S = TypeVar("S", bound="Sight")
 
 
 class Attention(Protocol):
@@ -36,12 +37,16 @@ class Attention(Protocol):
         ...
 
 
-class Layout(Protocol):
-    """Which token sees which, and where the end tokens are."""
+class Sight(Protocol):
+    """Which token sees which."""
 
     def mix(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of all tokens: ``(b, l, h)``."""
         ...
+
+
+class Layout(Sight, Protocol):
+    """Which token sees which, and where the end tokens are."""
 
     def pick_last(self, values: Tensor) -> Tensor:
         """The rows of the end tokens: ``(b, ..., l, d)`` to ``(b, ..., m, d)``."""
@@ -64,7 +69,7 @@ class Layer(nn.Module):
     post_attention_layernorm: nn.Module
     mlp: nn.Module
 
-    def forward(self, step: Step, hidden: Tensor, rope: Rope, layout: Layout) -> Tensor:
+    def forward(self, step: Step[S], hidden: Tensor, rope: Rope, layout: S) -> Tensor:
         """One of the steps below, as a call of the module.
 
         Training hangs on to calls: to gather a layer's weights from several workers, or to compute it twice.
@@ -72,7 +77,7 @@ class Layer(nn.Module):
         return step(self, hidden, rope, layout)
 
 
-Step = Callable[[Layer, Tensor, Rope, Layout], Tensor]
+Step = Callable[[Layer, Tensor, Rope, S], Tensor]
 
 
 def embed(embedding: nn.Module, input_ids: Tensor, image_tokens: Tensor) -> Tensor:
@@ -99,7 +104,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return mixed.transpose(1, 2).flatten(2)
 
 
-def every_token(layer: Layer, hidden: Tensor, rope: Rope, layout: Layout) -> Tensor:
+def every_token(layer: Layer, hidden: Tensor, rope: Rope, layout: Sight) -> Tensor:
     """``(b, l, h)`` to ``(b, l, h)``."""
     q, k, v = layer.self_attn.heads_of(layer.input_layernorm(hidden), rope)
     hidden = hidden + layout.mix(layer.self_attn, q, k, v)

@@ -18,7 +18,7 @@ def rope_tables(lengths: Tensor, positions: Tensor, config: RopeConfig) -> tuple
     The factor list (short or long) follows each sample's own length, never the padded one: a reward must not
     depend on its neighbours in the batch.
 
-    - lengths: ``(b,)`` int; positions: ``(1, l)`` int, counted from 0
+    - lengths: ``(b,)`` int; positions: ``(1, l)`` or ``(b, l)`` int, counted from 0
     - returns: two of ``(b, 1, l, d)`` float32, scaled by the attention scale
     """
     device = lengths.device
