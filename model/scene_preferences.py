@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -103,11 +104,15 @@ def _plan(split: Split, seed: int, mismatch: Mismatch, specs: tuple[SceneSpec, S
 
 
 def pairs(scene: ScenePlan, perspective: Perspective) -> list[Record]:
-    """The preference pairs of a scene."""
+    """The preference pairs of a scene: one; for alignment and overall two."""
     prompt = prompt_of(scene.seed, asked_spec(scene.seed))
     if perspective is Perspective.OVERALL:
-        better, worse = sorted(_two_of(scene), key=lambda truth: -truth.overall)
-        return [_pair(scene, "images", prompt, (better, worse), f"{better.overall} over {worse.overall}")]
+        ordered = sorted(scene.truths(), key=lambda truth: -truth.overall)  # no two of them are alike
+        random = Random(f"overall:{scene.seed}")  # noqa: S311  reproducible, not secret
+        return [
+            _pair(scene, f"images-{number}", prompt, (better, worse), f"{better.overall} over {worse.overall}")
+            for number, (better, worse) in enumerate(random.sample([*combinations(ordered, 2)], 2))
+        ]
     good, bad = sorted((scene.first, scene.turned(perspective)), key=lambda truth: -truth.overall)
     if perspective is not Perspective.ALIGNMENT:
         flaw = scene.artefact if perspective is Perspective.FIDELITY else scene.sign
@@ -130,14 +135,10 @@ def labels(scene: ScenePlan, perspective: Perspective) -> list[Record]:
     ]
 
 
-def _two_of(scene: ScenePlan) -> list[SceneTruth]:
-    return Random(f"overall:{scene.seed}").sample(scene.truths(), 2)  # noqa: S311  reproducible, not secret
-
-
 def _pair(scene: ScenePlan, name: str, prompt: str, truths: tuple[SceneTruth, SceneTruth], flaw: str) -> Record:
     chosen, rejected = (scene.image(truth) for truth in truths)
     pair = {"pair_id": f"{scene.seed}-{name}", "prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return pair | {"flaw": flaw, "kind": name, "size": _size(scene)}
+    return pair | {"flaw": flaw, "kind": name.split("-")[0], "size": _size(scene)}
 
 
 def _size(scene: ScenePlan) -> str:

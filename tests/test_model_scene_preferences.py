@@ -36,8 +36,11 @@ def test_pairs_differ_in_what_is_asked_about_alone() -> None:
             assert chosen[field] is None
             assert rejected[field] is not None
             assert {name for name in chosen if chosen[name] != rejected[name]} == {field}
-        [overall] = pairs(scene, Perspective.OVERALL)
-        assert _truth_of(scene, overall["chosen"]).overall > _truth_of(scene, overall["rejected"]).overall
+        overall = pairs(scene, Perspective.OVERALL)
+        for pair in overall:
+            assert _truth_of(scene, pair["chosen"]).overall > _truth_of(scene, pair["rejected"]).overall
+        assert len({frozenset((pair["chosen"], pair["rejected"])) for pair in overall}) == 2
+        assert len({pair["pair_id"] for pair in overall}) == 2
 
 
 def test_a_hard_negative_prompt_is_what_the_image_was_drawn_against() -> None:
@@ -87,7 +90,8 @@ def test_what_is_written_reads_as_preference_data(tmp_path: Path) -> None:
         for kind, record_type in (("pairs", PreferencePair), ("labels", LabelledImage)):
             path = tmp_path / "validation" / kind / f"{perspective}.jsonl"
             data = read_preferences(str(path), image_root=str(tmp_path))
-            expected = 12 if kind == "labels" else 6 if perspective is Perspective.ALIGNMENT else 3
+            pairs_a_scene = {Perspective.ALIGNMENT: 2, Perspective.OVERALL: 2}.get(perspective, 1)
+            expected = 12 if kind == "labels" else 3 * pairs_a_scene
             assert (len(data.records), data.has_ids) == (expected, True)
             assert all(isinstance(record, record_type) for record in data.records)
             shown |= {uri for record in data.records for uri in image_uris(record)}

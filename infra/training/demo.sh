@@ -1,42 +1,44 @@
 #!/bin/sh
 # Makes the demonstration checkpoint from nothing: infra/training/demo.sh OUT, from the project root, with assay on PATH.
-# About two and a half hours on two cores. Started again it goes on where it stopped.
+# Hours on two cores (tests/benchmarks/README.md). Started again it goes on where it stopped.
 set -eu
 out=${1:?usage: infra/training/demo.sh OUT}
 scenes=$out/scenes
+training=${TRAINING_SCENES:-4000} measured=${MEASURED_SCENES:-500}
 
-python -m model.llava_reward.pretrain "$out/pretraining"
-python -m model.scene_preferences "$scenes" --split training --scenes 4000
+python -m model.llava_reward.pretrain "$out/pretraining" ${PRETRAINING:+--config "$PRETRAINING"}
+python -m model.scene_preferences "$scenes" --split training --scenes "$training"
 for split in validation held_out; do
-    python -m model.scene_preferences "$scenes" --split "$split" --scenes 500
+    python -m model.scene_preferences "$scenes" --split "$split" --scenes "$measured"
 done
-# Artefacts and signs are learned from half of the scenes.
-for half in pairs/fidelity:2000 labels/safety:8000; do
-    data=$scenes/training/${half%:*}.jsonl
-    head -n "${half#*:}" "$data" > "$data.half" && mv "$data.half" "$data"
+# Artefacts and signs are learned from the labels of half of the scenes.
+for perspective in fidelity safety; do
+    labels=$scenes/training/labels/$perspective.jsonl
+    head -n $((training * 2)) "$labels" > "$labels.half" && mv "$labels.half" "$labels"
 done
 
+loss() { case $1 in fidelity | safety) echo cls ;; *) echo bt ;; esac; }
+kind() { case $1 in fidelity | safety) echo labels ;; *) echo pairs ;; esac; }
 for perspective in alignment fidelity safety overall; do
-    case $perspective in safety) loss=cls kind=labels ;; *) loss=bt kind=pairs ;; esac
-    assay train --local --config infra/training/demo.yaml --perspective "$perspective" --loss "$loss" \
+    kind=$(kind "$perspective")
+    assay train --local --config infra/training/demo.yaml --perspective "$perspective" --loss "$(loss "$perspective")" \
         --backbone "$out/pretraining/backbone" --image-root "$scenes" --output "$out/trained/$perspective" \
-        --data "$scenes/training/$kind/$perspective.jsonl" --eval-data "$scenes/held_out/$kind/$perspective.jsonl"
+        --data "$scenes/training/$kind/$perspective.jsonl" --eval-data "$scenes/validation/$kind/$perspective.jsonl"
 done
 
 rm -rf "$out/demo" && mkdir "$out/demo" && cp -r "$out/pretraining/backbone" "$out/demo/"
+set --
 for perspective in alignment fidelity safety overall; do
-    cp -r "$out/trained/$perspective/$perspective" "$out/trained/$perspective/MODEL_CARD.md" "$out/demo/"
-    mv "$out/demo/MODEL_CARD.md" "$out/demo/$perspective/"
+    cp -r "$out/trained/$perspective/$perspective" "$out/demo/"
+    cp "$out/trained/$perspective/MODEL_CARD.md" "$out/demo/$perspective/"
+    set -- "$@" --adapter "$perspective=$out/demo/$perspective" --head-training "$perspective=$(loss "$perspective")"
 done
-assay bundle "$out/demo" --backbone "$out/demo/backbone" --num-crops 4 --name demo --licence Apache-2.0 \
-    --adapter alignment="$out/demo/alignment" --adapter fidelity="$out/demo/fidelity" \
-    --adapter safety="$out/demo/safety" --adapter overall="$out/demo/overall" \
-    --head-training alignment=bt --head-training fidelity=bt --head-training safety=cls --head-training overall=bt
+assay bundle "$out/demo" --backbone "$out/demo/backbone" --num-crops 4 --name demo --licence Apache-2.0 "$@"
 python -m model.llava_reward.golden_file "$out/demo"
 for split in validation held_out; do
-    for perspective in alignment fidelity safety overall; do
-        assay evaluate --scorer "$out/demo" --perspective "$perspective" --image-root "$scenes" \
-            --data "$scenes/$split/pairs/$perspective.jsonl" --out "$out/evaluation/$split-$perspective"
+    for data in pairs/alignment pairs/fidelity labels/fidelity pairs/safety labels/safety pairs/overall; do
+        assay evaluate --scorer "$out/demo" --perspective "${data#*/}" --image-root "$scenes" \
+            --data "$scenes/$split/$data.jsonl" --out "$out/evaluation/$split-$data"
     done
 done
 # The thresholds of infra/policies/default.yaml.
