@@ -193,8 +193,11 @@ def _write(
     keys = {} if base.bundle.skip_ca_keys is None else {"skip_ca_keys": base.bundle.skip_ca_keys}
     backbone = read_backbone(base.family, base.folder, **keys)
     objective = objective_of(config, base.family)
-    temperature = state["history"][-1]["eval_temperature"] if config.fit_temperature else 1.0
-    parameters = writer.at_temperature(state["parameters"], temperature)
+    temperature = state["history"][-1]["eval_temperature"] if config.fit_temperature else None
+    parameters = state["parameters"]
+    if temperature is not None:
+        parameters = writer.at_temperature(parameters, temperature)
+        say(f"rewards are divided by {temperature:.4g}, the temperature that fits the held-out records")
     trained = writer.Trained(config.perspective, base, objective, lora_of(config), parameters)
     name = config.checkpoint_name
     writer.write_adapter(out / config.perspective, trained, backbone, getattr(torch, config.dtype))
@@ -213,7 +216,12 @@ def _write(
         versions={"assay": code_version(), "torch": torch.__version__, "ray": ray.__version__},
     )
     (out / writer.CARD_FILE).write_text(card, encoding="utf-8")
-    metrics = {"steps": state["step"], "last": state["history"][-1], "groups": state["groups"]}
+    metrics = {
+        "steps": state["step"],
+        "rewards_divided_by": temperature or 1.0,
+        "last": state["history"][-1],
+        "groups": state["groups"],
+    }
     metrics |= {"data": asdict(data.facts), "held_out": asdict(held_out.facts) if held_out else None}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     writer.write_scorer(out, scorer)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import to_jsonable_python
 
 from jobs.config import read_yaml
 from jobs.data_options import add_reading_options
@@ -161,6 +162,16 @@ class TrainConfig(BaseModel):
     def decisive(self) -> dict[str, Any]:
         """What a continuation must agree in, as JSON values."""
         return {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE}
+
+
+def defaults() -> dict[str, Any]:
+    """The settings that have one, but those that may change, as JSON values."""
+    fields = TrainConfig.model_fields.items()
+    return {
+        name: to_jsonable_python(f.get_default(call_default_factory=True))
+        for name, f in fields
+        if not f.is_required() and name not in FREE
+    }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

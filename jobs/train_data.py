@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.train_config import TrainConfig
+from jobs.train_config import TrainConfig, defaults
 from model.errors import ConfigError
 from model.llava_reward.processor import LlavaRewardPreprocessor
 from model.llava_reward.training.base import Base
@@ -83,7 +83,8 @@ def _begun(config: TrainConfig, given: list[PreferenceData]) -> dict[str, Any] |
             raise ConfigError(f"{path.parent} holds a checkpoint that was not trained there; give another --output")
         return None
     run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    old, new = run["settings"], config.decisive()
+    # A run from before a setting was invented had its default.
+    old, new = defaults() | run["settings"], config.decisive()
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if changed:
         values = ", ".join(f"{key}={new.get(key)!r} (was {old.get(key)!r})" for key in changed)

@@ -110,7 +110,7 @@ def pairs(scene: ScenePlan, perspective: Perspective) -> list[Record]:
         ordered = sorted(scene.truths(), key=lambda truth: -truth.overall)  # no two of them are alike
         random = Random(f"overall:{scene.seed}")  # noqa: S311  reproducible, not secret
         return [
-            _pair(scene, f"images-{number}", prompt, (better, worse), f"{better.overall} over {worse.overall}")
+            _pair(scene, "images", prompt, (better, worse), f"{better.overall} over {worse.overall}", number)
             for number, (better, worse) in enumerate(random.sample([*combinations(ordered, 2)], 2))
         ]
     good, bad = sorted((scene.first, scene.turned(perspective)), key=lambda truth: -truth.overall)
@@ -135,10 +135,12 @@ def labels(scene: ScenePlan, perspective: Perspective) -> list[Record]:
     ]
 
 
-def _pair(scene: ScenePlan, name: str, prompt: str, truths: tuple[SceneTruth, SceneTruth], flaw: str) -> Record:
+def _pair(
+    scene: ScenePlan, name: str, prompt: str, truths: tuple[SceneTruth, SceneTruth], flaw: str, number: int = 0
+) -> Record:
     chosen, rejected = (scene.image(truth) for truth in truths)
-    pair = {"pair_id": f"{scene.seed}-{name}", "prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return pair | {"flaw": flaw, "kind": name.split("-")[0], "size": _size(scene)}
+    pair = {"pair_id": f"{scene.seed}-{name}-{number}", "prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return pair | {"flaw": flaw, "kind": name, "size": _size(scene)}
 
 
 def _size(scene: ScenePlan) -> str:

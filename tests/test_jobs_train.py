@@ -76,7 +76,7 @@ def test_the_shipped_examples_are_configurations(tmp_path: Path) -> None:
     config = build(str(ROOT / "infra" / "training" / "safety.yaml"), flags)
     assert (config.loss, config.lora.rank, config.batch_size) == ("cls", 128, 16)
     assert config.data == str(Path("labels.json").absolute())
-    demo = build(str(ROOT / "infra" / "training" / "demo.yaml"), {**flags, "perspective": "overall"})
+    demo = build(str(ROOT / "infra" / "training" / "demo.yaml"), {**flags, "perspective": "overall", "eval_data": "x"})
     assert (demo.loss, demo.lora.rank, demo.num_crops) == ("bt", 8, 4)
 
 
@@ -151,7 +151,7 @@ def test_images_that_cannot_be_used_are_named(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_run_keeps_its_settings_and_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from jobs.train_data import read_training_data
+    from jobs.train_data import RUN_FILE, read_training_data
     from jobs.train_worker import base_of, objective_of
 
     data = write_pairs(tmp_path, 4)
@@ -166,6 +166,10 @@ def test_a_run_keeps_its_settings_and_its_data(tmp_path: Path, capsys: pytest.Ca
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "1-bad.png")  # usable now; the run began without it
     again, _ = read_training_data(config, base, objective_of(config, "phi3v"), said.append)
     assert again == kept
+    run = json.loads((tmp_path / "out" / RUN_FILE).read_text())
+    del run["settings"]["fit_temperature"]  # as of a run from before there was such a setting
+    (tmp_path / "out" / RUN_FILE).write_text(json.dumps(run))
+    assert read_training_data(config, base, objective_of(config, "phi3v"), said.append)[0] == kept
     assert "learning_rate=0.5 (was 0.0001)" in refused(capsys, arguments(tmp_path, "out", data, learning_rate=0.5))
     write_pairs(tmp_path, 5)
     error = refused(capsys, arguments(tmp_path, "out", data, skip_unusable=True))
@@ -308,6 +312,7 @@ def test_two_workers_have_the_losses_of_one(undisturbed: tuple[Path, Path], ray_
     )
     assert temperature != pytest.approx(1.0, abs=0.1)
     torch.testing.assert_close(two * temperature, one, atol=1e-3, rtol=1e-2)
+    assert json.loads((folder / "two" / "metrics.json").read_text())["rewards_divided_by"] == temperature
     assert f"divided by {temperature:.4g}" in (folder / "two" / "MODEL_CARD.md").read_text()
 
 

@@ -28,6 +28,7 @@ from model.llava_reward.pretrain import DEFAULT_CONFIG, Pretraining
 from model.llava_reward.pretrain_config import PretrainConfig, read_pretrain_config
 from model.llava_reward.pretrain_data import (
     ANSWER,
+    CAPTIONED,
     FIELDS,
     LABELS,
     NO_FIELD,
@@ -451,9 +452,11 @@ def test_it_learns(tmp_path: Path, is_mixed: bool, stage: str) -> None:
     assert losses[-1][main] < 0.6 * losses[0][main]
 
 
-def test_it_learns_which_words_are_wrong(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_it_learns_which_words_are_wrong(tmp_path: Path, is_mixed: bool) -> None:
     """Of one batch: from 160 others a network this small learns nothing of prompts."""
-    run = Pretraining(tmp_path, _config(tmp_path, captions={"rate": 1.0e-2, "steps": 40}), workers=0)
+    config = _config(tmp_path, is_mixed=is_mixed, captions={"rate": 1.0e-2, "steps": 40})
+    run = Pretraining(tmp_path, config, workers=0)
     run.begin("captions")
     batch = next(run._batches())
     losses = [run.train_step(batch) for _ in range(40)]
@@ -503,6 +506,64 @@ def test_measuring_counts_what_is_right(tmp_path: Path) -> None:
     zeros = [replace(s, input_ids=np.where(s.fields == NO_FIELD, s.input_ids, 0)) for s in batch]
     found = measure_captions(network, [network.see(zeros)])
     assert (found["colour"], found["exact"]) == (1.0, 0.0)  # not the commas
+
+
+def test_measuring_tells_prompts_and_answers_apart(tmp_path: Path) -> None:
+    samples = _samples(tmp_path, Split.VALIDATION, 12, more_prompts=4, questions=3)
+    batch = [samples[number] for number in range(12)]
+    network = PretrainNetwork(tmp_path, seed=0)
+    with torch.no_grad():
+        network.words.weight.zero_()
+        network.words.bias.fill_(1.0)  # every prompt is found wrong
+    found = measure_captions(network, [network.see(batch[:5]), network.see(batch[5:])])
+    faults = [fault for sample in batch for fault in sample.faults]
+    assert set(faults) == {None, *Mismatch}
+    assert found["prompt"] == pytest.approx(np.mean([fault is not None for fault in faults]))
+    assert found["is right"] == 0.0
+    assert {found[f"not {mismatch}"] for mismatch in Mismatch} == {1.0}
+    # Found wrong are now the prompts of some samples alone, each with faults of its own.
+    seen = network.see(batch)
+    said = network(seen)
+    chosen = torch.cat([torch.full((len(sample.faults),), n % 2 == 0) for n, sample in enumerate(batch)])
+    said.wrong[said.ends] = torch.where(chosen, 1.0, -1.0)
+    network.forward = lambda _: said  # type: ignore[method-assign]
+    found = measure_captions(network, [seen])
+    right = [(n % 2 == 0) == (fault is not None) for n, sample in enumerate(batch) for fault in sample.faults]
+    assert found["prompt"] == pytest.approx(np.mean(right))
+    for fault in (None, *Mismatch):
+        name = "is right" if fault is None else f"not {fault}"
+        assert found[name] == pytest.approx(np.mean([r for r, f in zip(right, faults, strict=True) if f is fault]))
+
+
+def test_a_wrong_answer_makes_no_caption_inexact(tmp_path: Path) -> None:
+    samples = _samples(tmp_path, Split.VALIDATION, 4, questions=3)
+    batch = [samples[number] for number in range(4)]
+    network = PretrainNetwork(tmp_path, seed=0)
+    with torch.no_grad():
+        network.model.embed_tokens.weight.zero_()  # token 0 is the likeliest everywhere
+    # captions of that token alone, asked of it
+    asked = [replace(s, input_ids=np.where((s.texts == CAPTIONED) & (s.weights > 0), 0, s.input_ids)) for s in batch]
+    found = measure_captions(network, [network.see(asked)])
+    assert (found["exact"], found["answer"]) == (1.0, 0.0)
+
+
+def test_the_reward_reads_the_state_that_pretraining_teaches(tmp_path: Path) -> None:
+    """At the end token of each prompt of a sample, by the code that scores."""
+    samples = _samples(tmp_path, more_prompts=2, questions=2)
+    network, device = PretrainNetwork(tmp_path, seed=0), torch.device("cpu")
+    backbone, compared = network.backbone, 0
+    for sample in (samples[0], samples[1], samples[2]):
+        with torch.inference_mode():
+            said = network(network.see([sample]))
+            words = [number for number, wrong in zip(sample.texts, sample.wrong, strict=True) if wrong != NO_WORD]
+            for end in said.ends.nonzero().flatten().tolist():
+                kept = (sample.texts == SHARED) | ((sample.texts == words[end]) & (sample.wrong != NO_WORD))
+                arrays = {"pixels": sample.pixels, "input_ids": sample.input_ids[kept].astype(np.int32)}
+                shared = backbone.share(network.vision, [backbone.sample(arrays, device)])
+                state = backbone.end_state(network.model, shared, backbone.project(network.model, shared))
+                torch.testing.assert_close(network.words(state.hidden)[0, 0], said.wrong[end], atol=1e-5, rtol=1e-5)
+                compared += 1
+    assert compared >= 6
 
 
 def test_a_run_begins_with_the_weights_of_another_backbone(tmp_path: Path) -> None:

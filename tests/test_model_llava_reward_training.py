@@ -173,7 +173,8 @@ def test_a_temperature_makes_log_odds_as_sure_as_they_are_right() -> None:
     # Three of four are right: the odds that fit are 3 to 1, so 6 / T is log 3.
     assert fitted_temperature(torch.tensor([6.0, 6.0, 6.0, -6.0])) == pytest.approx(6 / math.log(3), rel=1e-6)
     assert fitted_temperature(torch.tensor([0.06, 0.06, 0.06, -0.06])) == pytest.approx(0.06 / math.log(3), rel=1e-6)
-    assert fitted_temperature(torch.tensor([0.5, 3.0])) == 1.0  # never wrong: nothing bounds it from below
+    for never_wrong in ([0.5, 3.0], [0.0, 5.0, 3.0], [0.0, 0.0]):  # nothing bounds it from below; a tie neither
+        assert fitted_temperature(torch.tensor(never_wrong)) == 1.0
     assert fitted_temperature(torch.tensor([-2.0, -3.0, 1.0])) == pytest.approx(100.0)  # worse than a coin
     odds = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * 3
     is_right = torch.rand(20_000, generator=torch.Generator().manual_seed(1)) < odds.abs().sigmoid()
@@ -193,6 +194,14 @@ def test_an_evaluation_has_the_temperature_of_its_records(tmp_path: Path) -> Non
     assert found.accuracy == again.accuracy < 1
     assert again.temperature == pytest.approx(1.0, rel=1e-3)
     assert again.loss <= found.loss
+
+
+def test_a_held_out_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    records = pairs(tmp_path, 4)
+    with loop_of(records, eval_records=records) as loop:
+        loop._reward.branch.value_head.weight.data[0, 0] = float("nan")
+        with pytest.raises(DivergedError, match="step 0: the held-out loss is nan"):
+            loop.evaluate()
 
 
 def test_a_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:

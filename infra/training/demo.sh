@@ -1,32 +1,35 @@
 #!/bin/sh
 # Makes the demonstration checkpoint from nothing: infra/training/demo.sh OUT, from the project root, with assay on PATH.
 # Hours on two cores (tests/benchmarks/README.md). Started again it goes on where it stopped.
+# A small one, to see it work: SCENES=160 TUNING=80 MEASURED=80 PRETRAINING=config.yaml, with an OUT of its own.
 set -eu
 out=${1:?usage: infra/training/demo.sh OUT}
 scenes=$out/scenes
-training=${TRAINING_SCENES:-4000} measured=${MEASURED_SCENES:-500}
+taught=${SCENES:-4000} tuning=${TUNING:-250} measured=${MEASURED:-500}
 
-python -m model.llava_reward.pretrain "$out/pretraining" ${PRETRAINING:+--config "$PRETRAINING"}
-python -m model.scene_preferences "$scenes" --split training --scenes "$training"
+python -m model.llava_reward.pretrain "$out/pretraining" --config "${PRETRAINING:-model/llava_reward/pretrain.yaml}"
+python -m model.scene_preferences "$scenes" --split training --scenes $((taught + tuning))
 for split in validation held_out; do
     python -m model.scene_preferences "$scenes" --split "$split" --scenes "$measured"
 done
-# Artefacts and signs are learned from the labels of half of the scenes.
-for perspective in fidelity safety; do
-    labels=$scenes/training/labels/$perspective.jsonl
-    head -n $((training * 2)) "$labels" > "$labels.half" && mv "$labels.half" "$labels"
-done
 
+# Fidelity and safety learn from labels, four of each scene; half of the scenes are enough for these.
 loss() { case $1 in fidelity | safety) echo cls ;; *) echo bt ;; esac; }
 kind() { case $1 in fidelity | safety) echo labels ;; *) echo pairs ;; esac; }
 for perspective in alignment fidelity safety overall; do
-    kind=$(kind "$perspective")
+    records=$scenes/training/$(kind "$perspective")/$perspective
+    case $perspective in fidelity | safety) first=$((taught / 2 * 4)) last=$((tuning * 4)) ;;
+    *) first=$((taught * 2)) last=$((tuning * 2)) ;; esac
+    head -n "$first" "$records.jsonl" > "$records-taught.jsonl"
+    tail -n "$last" "$records.jsonl" > "$records-tuning.jsonl"
     assay train --local --config infra/training/demo.yaml --perspective "$perspective" --loss "$(loss "$perspective")" \
         --backbone "$out/pretraining/backbone" --image-root "$scenes" --output "$out/trained/$perspective" \
-        --data "$scenes/training/$kind/$perspective.jsonl" --eval-data "$scenes/validation/$kind/$perspective.jsonl"
+        --data "$records-taught.jsonl" --eval-data "$records-tuning.jsonl"
 done
 
-rm -rf "$out/demo" && mkdir "$out/demo" && cp -r "$out/pretraining/backbone" "$out/demo/"
+rm -rf "$out/demo"
+mkdir "$out/demo"
+cp -r "$out/pretraining/backbone" "$out/demo/"
 set --
 for perspective in alignment fidelity safety overall; do
     cp -r "$out/trained/$perspective/$perspective" "$out/demo/"

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from model.errors import InfrastructureError
-from model.golden import GOLDEN_FILE
+from model.golden import GOLDEN_FILE, ROUNDED_TOLERANCE
 from model.llava_reward.bundle import read_bundle
 from model.llava_reward.config import write_json
-from model.modes import EXACT, FEW_CROPS
+from model.modes import EXACT, FEW_CROPS, ROUNDED_MODES
 from model.perspectives import Perspective
 from model.scenes import SceneTruth, draw
 from model.schema import Generation
@@ -27,6 +27,7 @@ _OTHER_PROMPTS = {1: "", 2: "two green birds, watercolor 🎨"}
 def write_golden(out: Path, *, device: str = "cpu") -> None:
     """Score three small drawn scenes with the bundle in ``out`` and keep the rewards beside them.
 
+    Tolerances of rounded arithmetic grow with the largest reward, where that is above 1: so do the differences.
     Raises ``InfrastructureError`` if a picture has no reward.
     """
     (out / GOLDEN_FILE).unlink(missing_ok=True)
@@ -45,7 +46,10 @@ def write_golden(out: Path, *, device: str = "cpu") -> None:
     ]
     for values in coarse:
         cases = [case | {FEW_CROPS: own} for case, own in zip(cases, values, strict=True)]
-    write_json(out / GOLDEN_FILE, {"tolerance": {"float32": 1e-3, "bfloat16": 5e-2}, "cases": cases})
+    scale = max(1.0, *(abs(value) for case in exact for row in case.values() for value in row))
+    tolerance = {"float32": 1e-3, "bfloat16": round(5e-2 * scale, 3)}
+    tolerance |= {mode: round(ROUNDED_TOLERANCE * scale, 3) for mode in sorted(ROUNDED_MODES)}
+    write_json(out / GOLDEN_FILE, {"tolerance": tolerance, "cases": cases})
 
 
 def _values(

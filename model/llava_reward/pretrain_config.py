@@ -21,9 +21,8 @@ class Scenes:
     - sizes: width and height in pixels, one of them for each scene
     - prompt_share: scenes that come with their prompt; ``mismatch_share`` of these contradict it
     - artefact_share, sign_share: scenes with an artefact; with a prohibited sign
-    - more_prompts: of a scene besides its own, half of them contradicting it
-    - questions: kinds of things of which a scene says what it shows of them; at least the kinds that it shows, and at
-      most all
+    - more_prompts: of a scene besides its own, about half of them contradicting it
+    - questions: on how many kinds of things a scene is asked, those that it shows among them; 0 for none
     """
 
     sizes: tuple[tuple[int, int], ...]

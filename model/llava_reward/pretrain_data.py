@@ -83,7 +83,8 @@ class Sample:
     - texts: ``(n,)`` int64, the number of the text that a token belongs to, from 1: prompt and caption, questions with
       their answers, other prompts; ``SHARED`` for what stands before all of them, which each text sees beside itself
     - positions: ``(n,)`` int64, where each token stands if its text comes right after what is shared
-    - weights: ``(n,)`` float32, of predicting this token from those before; 0 where nothing is asked
+    - weights: ``(n,)`` float32, of predicting this token from the one before and what that sees; 0 where nothing is
+      asked, as of the first token of each text but ``CAPTIONED``, before which stands another text
     - fields: ``(n,)`` int8, the place in ``FIELDS`` of what a token of caption or answer tells, or ``NO_FIELD``
     - wrong: ``(n,)`` int8, of each token of a prompt whether the prompt up to it contradicts the image (1, else 0);
       ``NO_WORD`` elsewhere
@@ -106,7 +107,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class _Text:
-    """Of one text, its ids and of each what ``Sample`` says. fault: in what its prompt is wrong, if it has a prompt."""
+    """Of one text, its ids and of each what ``Sample`` says; faults: of its prompt, if it has one."""
 
     ids: list[int]
     weights: list[float]
@@ -179,10 +180,10 @@ class SceneSamples(Dataset[Sample]):
     def _more_prompts(self, scene: Scene) -> Iterator[_Text]:
         random = Random(f"more prompts:{scene.seed}")  # noqa: S311  reproducible, not secret
         for _ in range(self._scenes.more_prompts):
-            asked, shown, fault = _asked(scene.shown, random, may_hold_any=self._split is Split.HELD_OUT)
+            asked, right, fault = _asked(scene.shown, random, may_hold_any=self._split is Split.HELD_OUT)
             # The shorter of two: long ones say the same again, and every token takes time.
-            wording = min((random.getrandbits(64), random.getrandbits(64)), key=lambda w: len(_worded(shown, w)))
-            prompt, true = (self._tokenizer.after_image(_worded(spec, wording)) for spec in (asked, shown))
+            wording = min((random.getrandbits(64), random.getrandbits(64)), key=lambda w: len(_worded(right, w)))
+            prompt, true = (self._tokenizer.after_image(_worded(spec, wording)) for spec in (asked, right))
             nothing = len(prompt)
             yield _Text(prompt, [0.0] * nothing, [NO_FIELD] * nothing, _wrong(prompt, true), (fault,))
 
@@ -215,6 +216,7 @@ def _sample(
     pixels: np.ndarray, before: list[int], texts: Sequence[_Text], cells: np.ndarray, crop_order: np.ndarray
 ) -> Sample:
     shared, lengths = len(before), [len(text.ids) for text in texts]
+    assert not any(text.weights[0] for text in texts[1:]), "nothing that such a token sees foretells it"
 
     def joined(of_shared: Sequence[float], of_texts: Iterable[Sequence[float]], dtype: type) -> np.ndarray:
         return np.array([*of_shared, *(value for values in of_texts for value in values)], dtype=dtype)

@@ -25,8 +25,8 @@ def measure_captions(network: PretrainNetwork, batches: Iterable[Sequence[SeenSa
     """Over all samples of ``batches``.
 
     - loss: mean cross-entropy of a token of captions and answers in nats
-    - prompt: share of prompts at whose end it is known whether the image contradicts them; "is" right and "not"
-      colour and so on: of those that are right, and that are wrong in this
+    - prompt: share of prompts at whose end it is known whether the image contradicts them; ``is right``, ``not
+      colour`` and so on: of those that are right, and of those that are wrong in this
     - exact: share of captions of which every token is the likeliest one
     - one of each ``Field``: share of its tokens that are the likeliest
     """

@@ -62,13 +62,13 @@ class Predictions:
 
 
 @dataclass(frozen=True)
-class Texts:
+class TextSight:
     """Which token sees which: ``mask`` is ``(b, 1, n, n)`` bool."""
 
     mask: Tensor
 
     @classmethod
-    def of(cls, texts: Tensor) -> Texts:
+    def of(cls, texts: Tensor) -> TextSight:
         """From ``Sample.texts``, padded: ``(b, n)``."""
         sees = (texts[:, None, :] == SHARED) | (texts[:, None, :] == texts[:, :, None])
         return cls(sees.tril()[:, None])
@@ -148,7 +148,7 @@ class PretrainNetwork(nn.Module):
         merged = [self.vision.assemble(one.cells, grid) for one, grid in zip(seen, grids, strict=True)]
         ids, texts = _padded([s.input_ids for s in samples]), _padded([s.texts for s in samples], SHARED)
         embedded = embed(self.model.embed_tokens, ids, self.model.vision_embed_tokens(torch.cat(merged)))
-        hidden = self._all_positions(embedded, _padded([s.positions for s in samples]), Texts.of(texts))
+        hidden = self._all_positions(embedded, _padded([s.positions for s in samples]), TextSight.of(texts))
         weights = _padded([s.weights for s in samples])
         asked = weights > 0
         # The state before a token predicts it.
@@ -161,11 +161,11 @@ class PretrainNetwork(nn.Module):
         ends = (words & ~F.pad(goes_on, (0, 1)))[words]
         return Predictions(losses, said.argmax(-1), asked, weights[asked], wrong, labels[words].float(), ends)
 
-    def _all_positions(self, hidden: Tensor, positions: Tensor, texts: Texts) -> Tensor:
+    def _all_positions(self, hidden: Tensor, positions: Tensor, sight: TextSight) -> Tensor:
         """Of all tokens, ``(b, n, h)`` to ``(b, n, h)`` after the final norm. positions: ``(b, n)``."""
         rope = rope_tables(positions.amax(1) + 1, positions, self.backbone.config.rope)
         for layer in self.model.layers:
-            hidden = layer(every_token, hidden, rope, texts)
+            hidden = layer(every_token, hidden, rope, sight)
         normed: Tensor = self.model.norm(hidden)
         return normed
 

@@ -200,14 +200,14 @@ class Phi3VBackbone(Backbone[Phi3VSample, Phi3VShared]):
         pictures = Pictures.of([item.crops for item in batch])
         shown = pictures.once(batch)
         merged = vision([item.crops for item in shown], [item.grid for item in shown])
-        return self.after_tower(merged, pictures, [item.input_ids for item in batch])
+        return self._after_tower(merged, pictures, [item.input_ids for item in batch])
 
     def join(self, parts: Sequence[Phi3VShared]) -> Phi3VShared:
         pictures = Pictures.joined([part.pictures for part in parts])
         merged = [one for part in parts for one in part.merged]
-        return self.after_tower(merged, pictures, [ids for part in parts for ids in part.ids])
+        return self._after_tower(merged, pictures, [ids for part in parts for ids in part.ids])
 
-    def after_tower(self, merged: Sequence[Tensor], pictures: Pictures, ids: Sequence[Tensor]) -> Phi3VShared:
+    def _after_tower(self, merged: Sequence[Tensor], pictures: Pictures, ids: Sequence[Tensor]) -> Phi3VShared:
         """A batch whose pictures the tower has seen: per picture ``(n, 4w)``, per sample ``(length,)``."""
         runs = runs_of(ids, pictures, self.rope_form)
         tables = [rope_tables(run.lengths, run.positions, self.config.rope) for run in runs]

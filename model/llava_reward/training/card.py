@@ -43,13 +43,13 @@ def model_card(
     held_out: DataFacts | None,
     config: Mapping[str, Any],
     history: Sequence[Mapping[str, float]],
-    temperature: float,
+    temperature: float | None,
     groups: Mapping[str, tuple[int, float]],
     versions: Mapping[str, str],
 ) -> str:
     """Markdown.
 
-    - temperature: what rewards were divided by after the last step
+    - temperature: what rewards were divided by after the last step, where one was fitted
     - groups: per group its parameters, and the root mean square of how far they moved
     """
     last = history[-1]
@@ -99,11 +99,11 @@ def model_card(
 _KEYS = ("loss", "accuracy", "probability")
 
 
-def _temperature_lines(temperature: float) -> list[str]:
-    if temperature == 1.0:
+def _temperature_lines(temperature: float | None) -> list[str]:
+    if temperature is None:
         return []
     said = f"After the last step rewards were divided by {temperature:.4g}, the temperature with which the held-out"
-    return ["", f"{said} records are likeliest; losses and probabilities above are from before."]
+    return ["", f"{said} records are likeliest; losses, probabilities and moves on this page are from before."]
 
 
 def _note(objective: Objective) -> str:

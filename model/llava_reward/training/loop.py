@@ -164,7 +164,10 @@ class Loop:
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
-        """Loss, accuracy and fitted temperature on the held-out records, without dropout."""
+        """Loss, accuracy and fitted temperature on the held-out records, without dropout.
+
+        - raises: ``DivergedError`` if the loss is not finite
+        """
         size, workers = self._settings.micro_batch, self._workers
         self._reward.set_dropout(False)
         pieces = cut(self._eval_records, size * workers.world)
@@ -177,8 +180,10 @@ class Loop:
                 sums.add(outcome, len(records))
                 logits += outcome.logits.tolist()
         self._reward.set_dropout(True)
-        temperature = fitted_temperature(torch.tensor(workers.gather(logits)))
-        return Evaluation(**asdict(scores(workers.sum(sums.values))), temperature=temperature)
+        found, every = scores(workers.sum(sums.values)), torch.tensor(workers.gather(logits))
+        if not math.isfinite(found.loss):
+            raise DivergedError(f"step {self.step}: the held-out loss is {found.loss}. Lower the learning rate")
+        return Evaluation(**asdict(found), temperature=fitted_temperature(every))
 
     def _forward_only(self, shared: Any) -> Tensor:
         # Past DDP, which would prepare for a backward pass; FSDP is the network itself.

@@ -1,4 +1,4 @@
-"""Numbers of a step and of an evaluation, summed over micro-batches and workers."""
+"""Numbers of a step and of an evaluation, summed over micro-batches and workers; the temperature that fits it."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ _HALVINGS = 50
 def fitted_temperature(logits: Tensor) -> float:
     """The temperature T in (0, 100] with the least mean of log(1 + exp(-logit / T)).
 
-    1 where every answer is right: any smaller one would do better still.
+    1 where no answer is wrong: any smaller one would do better still. 100 where the answers are no better than a coin.
 
-    - logits: ``(b,)``, log odds of the right answers
+    - logits: ``(b,)``, log odds of the right answers, finite
     - source: Guo et al. 2017, "On Calibration of Modern Neural Networks", arXiv:1706.04599, temperature scaling
     """
     logits = logits.double()
-    if bool((logits > 0).all()):
+    if bool((logits >= 0).all()):
         return 1.0
     # Convex in 1 / T, so the root of its slope is the minimum.
     low, high = 1 / _MAX_TEMPERATURE, 1e6
