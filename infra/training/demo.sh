@@ -1,7 +1,8 @@
 #!/bin/sh
 # Makes the demonstration checkpoint from nothing: infra/training/demo.sh OUT, from the project root, with assay on PATH.
 # Hours on two cores (tests/benchmarks/README.md). Started again it goes on where it stopped.
-# A small one, to see it work: SCENES=160 TUNING=80 MEASURED=80 PRETRAINING=config.yaml, with an OUT of its own.
+# A small one, to see it work: SCENES=48 TUNING=16 MEASURED=60 PRETRAINING=config.yaml, with an OUT of its own. Thresholds
+# are then refused, as of any checkpoint whose rewards do not rise with the labels.
 set -eu
 out=${1:?usage: infra/training/demo.sh OUT}
 scenes=$out/scenes
