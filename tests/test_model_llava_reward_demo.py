@@ -1,8 +1,9 @@
-"""The shipped checkpoint on scenes that neither it nor its backbone learned from: no worse than when it shipped."""
+"""The shipped checkpoint on scenes that neither it nor its backbone learned from: no worse than README says."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,12 +19,12 @@ from model.scene_splits import Split
 from model.schema import Generation
 from model.scorer import SHIPPED, Scorer, load
 
-# Under what 500 scenes gave (README.md) by three standard errors of the few scenes here.
+# What 500 other scenes gave (README.md): on new scenes, and on held-out combinations.
 REACHED = {
-    Perspective.ALIGNMENT: 0.76 - 3 * 0.028,
-    Perspective.FIDELITY: 0.96 - 3 * 0.018,
-    Perspective.SAFETY: 0.92 - 3 * 0.013,
-    Perspective.OVERALL: 0.82 - 3 * 0.035,
+    Perspective.ALIGNMENT: (0.954, 0.889),
+    Perspective.FIDELITY: (0.934, 0.926),
+    Perspective.SAFETY: (0.942, 0.923),
+    Perspective.OVERALL: (0.917, 0.857),
 }
 _SCENES = range(1000, 1120)  # behind those that the reported figures were measured on
 _MAX_BYTES = 10_000_000
@@ -73,7 +74,8 @@ def test_the_shipped_checkpoint_knows_scenes_that_taught_nothing(
     else:
         margins = [rewards[chosen] - rewards[rejected] for chosen, rejected in (tuple(_sides(r)) for r in found)]
         reached = float((np.array(margins) > 0).mean())
-    assert reached >= REACHED[perspective]
+    published = REACHED[perspective][split is Split.HELD_OUT]
+    assert reached >= published - 3 * math.sqrt(published * (1 - published) / len(found))  # standard errors of so few
 
 
 def test_it_is_small_trained_and_says_how(scorer: Scorer) -> None:

@@ -46,7 +46,7 @@ for split in validation held_out; do
     done
 done
 # The thresholds of infra/policies/default.yaml.
-for rule in safety:0.2:medium fidelity:0.2:medium overall:0.2:low alignment:0.4:low; do
+for rule in safety:0.2:medium fidelity:0.2:medium overall:0.2:low alignment:0.2:low; do
     perspective=${rule%%:*} rest=${rule#*:}
     assay calibrate --scorer "$out/demo" --perspective "$perspective" --image-root "$scenes" --one-per-prompt \
         --data "$scenes/validation/labels/$perspective.jsonl" --alpha "${rest%:*}" --delta 0.1 --severity "${rest#*:}" \
