@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from model.scorer import Scorer
 
 GOLDEN_FILE = "golden.json"
-# Of rewards near 1; ``golden_file.py`` writes more where they are larger. The largest difference seen was 0.09 where rewards
-# spread by 0.4 to 0.5, and 0.03 on the golden cases of the shipped checkpoint (tests/benchmarks/README.md).
+# Of rewards near 1; ``golden_file.py`` writes more where they are larger. The largest difference seen was 0.09 where
+# rewards spread by 0.4 to 0.5, and 0.03 on the golden cases of the shipped checkpoint (tests/benchmarks/README.md).
 ROUNDED_TOLERANCE = 0.25
 
 _Values = dict[str, list[float]]
