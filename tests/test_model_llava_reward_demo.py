@@ -1,9 +1,8 @@
-"""The shipped checkpoint on scenes that neither it nor its backbone learned from: no worse than README says."""
+"""The shipped checkpoint on scenes that neither it nor its backbone learned from: it reaches what it was made for."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,14 +18,14 @@ from model.scene_splits import Split
 from model.schema import Generation
 from model.scorer import SHIPPED, Scorer, load
 
-# What 500 other scenes gave (README.md): on new scenes, and on held-out combinations.
-REACHED = {
-    Perspective.ALIGNMENT: (0.954, 0.889),
-    Perspective.FIDELITY: (0.934, 0.926),
-    Perspective.SAFETY: (0.942, 0.923),
-    Perspective.OVERALL: (0.917, 0.857),
+FLOORS = {
+    Perspective.ALIGNMENT: 0.85,
+    Perspective.FIDELITY: 0.9,
+    Perspective.SAFETY: 0.9,
+    Perspective.OVERALL: 0.9,
 }
-_SCENES = range(1000, 1120)  # behind those that the reported figures were measured on
+NOT_REACHED = {(Split.HELD_OUT, Perspective.OVERALL)}  # 0.857 over 500 scenes (README.md); once it is, this fails
+_SCENES = range(1000, 1250)  # behind those that the reported figures were measured on
 _MAX_BYTES = 10_000_000
 
 
@@ -53,7 +52,7 @@ def _sides(record: Record) -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("perspective", PERSPECTIVES)
 def test_the_shipped_checkpoint_knows_scenes_that_taught_nothing(
-    scorer: Scorer, data: tuple[Path, Split], perspective: Perspective
+    scorer: Scorer, data: tuple[Path, Split], perspective: Perspective, request: pytest.FixtureRequest
 ) -> None:
     root, split = data
     kind = "labels" if perspective is Perspective.SAFETY else "pairs"
@@ -74,8 +73,9 @@ def test_the_shipped_checkpoint_knows_scenes_that_taught_nothing(
     else:
         margins = [rewards[chosen] - rewards[rejected] for chosen, rejected in (tuple(_sides(r)) for r in found)]
         reached = float((np.array(margins) > 0).mean())
-    published = REACHED[perspective][split is Split.HELD_OUT]
-    assert reached >= published - 3 * math.sqrt(published * (1 - published) / len(found))  # standard errors of so few
+    if (split, perspective) in NOT_REACHED:
+        request.applymarker(pytest.mark.xfail(strict=True, reason=f"{reached:.3f}", raises=AssertionError))
+    assert reached >= FLOORS[perspective]
 
 
 def test_it_is_small_trained_and_says_how(scorer: Scorer) -> None:

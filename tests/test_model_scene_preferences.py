@@ -114,3 +114,21 @@ def test_written_again_it_keeps_what_is_there(tmp_path: Path) -> None:
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "training" / "images").iterdir()}
     assert len(after) == 8
     assert {path for path in before if after[path] != before[path]} == {gone}
+
+
+@pytest.mark.parametrize("scenes", ["0", "100000001"])
+def test_a_number_of_scenes_that_cannot_be_is_named(tmp_path: Path, scenes: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "model.scene_preferences",
+        str(tmp_path),
+        "--split",
+        "training",
+        "--scenes",
+        scenes,
+    ]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"error: --scenes {scenes} is not within 1 and 100000000" in done.stderr
+    assert not list(tmp_path.iterdir())
